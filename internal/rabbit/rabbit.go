@@ -1,0 +1,320 @@
+// Package rabbit keeps AMQP 1.0 connections to RabbitMQ 4 or newer: it opens them again when they break, and sends
+// with the broker's word that it has what was sent.
+package rabbit
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	amqp "github.com/Azure/go-amqp"
+)
+
+// Settings say where RabbitMQ is.
+type Settings struct {
+	Addr     string `env:"RABBITMQ_ADDR,required,notEmpty"` // HOST:PORT
+	Username string `env:"RABBITMQ_USERNAME" envDefault:"guest"`
+	Password string `env:"RABBITMQ_PASSWORD" envDefault:"guest"`
+}
+
+const (
+	// connectTimeout bounds each step of making a connection.
+	connectTimeout = 5 * time.Second
+	// idleTimeout is after how long a silent broker is taken for dead; it sends heartbeats at half of it.
+	idleTimeout = 10 * time.Second
+
+	minBackoff = 50 * time.Millisecond
+	maxBackoff = 2 * time.Second
+)
+
+// Queue is the AMQP 1.0 address of a queue.
+func Queue(name string) string { return "/queues/" + name }
+
+// Conn is a connection.
+type Conn struct {
+	*amqp.Client
+	wire *wire
+}
+
+// Dial opens a connection. The caller closes it.
+func Dial(ctx context.Context, s Settings) (*Conn, error) {
+	dialer := net.Dialer{Timeout: connectTimeout}
+	conn, err := dialer.DialContext(ctx, "tcp", s.Addr)
+	if err != nil {
+		return nil, fmt.Errorf("connect to RabbitMQ: %w", err)
+	}
+	w := newWire(conn)
+	client, err := amqp.New(w,
+		amqp.ConnSASLPlain(s.Username, s.Password),
+		amqp.ConnServerHostname("vhost:/"),
+		amqp.ConnConnectTimeout(connectTimeout),
+		amqp.ConnIdleTimeout(idleTimeout),
+		amqp.ConnMaxFrameSize(256<<10),
+		amqp.ConnContainerID("isobar"),
+	)
+	if err != nil {
+		w.Close()
+		return nil, fmt.Errorf("open an AMQP connection to RabbitMQ at %s as user %q: %w", s.Addr, s.Username, err)
+	}
+	return &Conn{client, w}, nil
+}
+
+// Broken is closed when the connection has broken.
+func (c *Conn) Broken() <-chan struct{} { return c.wire.broken }
+
+// Close closes the connection, within a few seconds even if the broker does not answer.
+func (c *Conn) Close() {
+	closed := make(chan struct{})
+	go func() {
+		_ = c.Client.Close() // the error is why it broke, which was said before
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(lastWrite):
+	}
+	c.wire.Close()
+	<-closed
+}
+
+// Keep calls use again and again until ctx ends, waiting longer after each time that it failed at once. It logs when
+// what is used goes away and when it is back: use calls up as soon as it works.
+func Keep(ctx context.Context, what string, use func(ctx context.Context, up func()) error) {
+	backoff := minBackoff
+	away := false
+	for {
+		err := use(ctx, func() {
+			backoff = minBackoff
+			if away {
+				slog.Info("is back", "peer", what)
+			}
+			away = false
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		if !away {
+			slog.Warn("is away, trying again until it is back", "peer", what, "error", err)
+		}
+		away = true
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(backoff/2 + rand.N(backoff)):
+		}
+		backoff = min(2*backoff, maxBackoff)
+	}
+}
+
+// ErrAway is the error of Send while there is no connection.
+var ErrAway = errors.New("RabbitMQ is away")
+
+// ErrNotStored is the error of Send for a message that the broker has rejected or released: a full queue, a queue
+// without its leader, no queue at all.
+var ErrNotStored = errors.New("RabbitMQ has not stored the message")
+
+const (
+	// senderLinks share the work; each has a session of its own, since RabbitMQ serves a session by one process.
+	senderLinks = 4
+	// linkWorkers is how many messages are in flight on one link; RabbitMQ grants that many credits and more.
+	linkWorkers = 128
+)
+
+// Sender sends to one queue over several links of one connection, each with many messages in flight. Its methods may
+// be called at the same time.
+type Sender struct {
+	settings Settings
+	queue    string
+	jobs     chan job
+	stop     context.CancelFunc
+	stopped  chan struct{}
+
+	mu   sync.Mutex
+	gone chan struct{} // closed when the connection that is now is gone
+	err  error         // why there is none; nil while there is one
+}
+
+type job struct {
+	ctx     context.Context
+	message *amqp.Message
+	all     *outcome
+}
+
+// outcome gathers what became of the messages of one Send.
+type outcome struct {
+	sync.WaitGroup
+	mu  sync.Mutex
+	err error
+}
+
+func (o *outcome) fail(err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err == nil {
+		o.err = err
+	}
+}
+
+// NewSender returns a Sender, which connects by itself and stays connected until Close.
+func NewSender(s Settings, queue string) *Sender {
+	ctx, stop := context.WithCancel(context.Background())
+	sender := &Sender{
+		settings: s,
+		queue:    queue,
+		jobs:     make(chan job),
+		stop:     stop,
+		stopped:  make(chan struct{}),
+		err:      errors.New("not connected yet"),
+	}
+	go func() {
+		defer close(sender.stopped)
+		Keep(ctx, "RabbitMQ queue "+queue, sender.use)
+	}()
+	return sender
+}
+
+// Send returns nil when the broker has stored every message, and an error if that is not certain of one: ErrAway at
+// once while there is no connection, ErrNotStored when the broker has said so, or ctx's. ctx must have a deadline: it
+// is what bounds the wait for the broker.
+func (s *Sender) Send(ctx context.Context, messages ...*amqp.Message) error {
+	gone, err := s.connection()
+	if err != nil {
+		return err
+	}
+	var all outcome
+	for _, m := range messages {
+		all.Add(1)
+		select {
+		case s.jobs <- job{ctx, m, &all}:
+			continue
+		case <-ctx.Done():
+			all.fail(ctx.Err())
+		case <-gone:
+			all.fail(ErrAway)
+		}
+		all.Done()
+		break
+	}
+	all.Wait()
+	if all.err != nil {
+		return fmt.Errorf("publish to queue %q: %w", s.queue, all.err)
+	}
+	return nil
+}
+
+// Err returns nil while there is a connection, or why there is none.
+func (s *Sender) Err() error {
+	_, err := s.connection()
+	return err
+}
+
+// Close ends the connection and everything that is under way on it.
+func (s *Sender) Close() {
+	s.stop()
+	<-s.stopped
+}
+
+func (s *Sender) connection() (gone <-chan struct{}, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrAway, s.err)
+	}
+	return s.gone, nil
+}
+
+// use opens a connection and sends over it until it breaks or ctx ends.
+func (s *Sender) use(ctx context.Context, up func()) (err error) {
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.err = err; err == nil {
+			s.err = context.Canceled
+		}
+	}()
+	conn, err := Dial(ctx, s.settings)
+	if err != nil {
+		return err
+	}
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	defer conn.Close() // ends what the workers wait for
+	links := make([]*amqp.Sender, senderLinks)
+	for i := range links {
+		if links[i], err = openSender(conn, s.queue); err != nil {
+			return err
+		}
+	}
+
+	gone := make(chan struct{})
+	defer close(gone)
+	broken := make(chan error, 1)
+	for _, link := range links {
+		for range linkWorkers {
+			workers.Go(func() { s.work(link, gone, broken) })
+		}
+	}
+	s.mu.Lock()
+	s.gone, s.err = gone, nil
+	s.mu.Unlock()
+	up()
+
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-conn.Broken():
+		return errors.New("the connection is broken")
+	case err := <-broken:
+		return err
+	}
+}
+
+func openSender(conn *Conn, queue string) (*amqp.Sender, error) {
+	session, err := conn.NewSession()
+	if err != nil {
+		return nil, fmt.Errorf("open an AMQP session: %w", err)
+	}
+	link, err := session.NewSender(
+		amqp.LinkTargetAddress(Queue(queue)),
+		amqp.LinkSenderSettle(amqp.ModeUnsettled),
+		amqp.LinkDetachOnDispositionError(false),
+	)
+	if err != nil {
+		return nil, fmt.Errorf("open a link to queue %q: %w", queue, err)
+	}
+	return link, nil
+}
+
+// work sends one message after the other; many workers share a link.
+func (s *Sender) work(link *amqp.Sender, gone <-chan struct{}, broken chan<- error) {
+	for {
+		select {
+		case <-gone:
+			return
+		case j := <-s.jobs:
+			err := link.Send(j.ctx, j.message)
+			rejection, rejected := err.(*amqp.Error)
+			switch {
+			case err == nil:
+			case rejected && rejection == nil:
+				err = ErrNotStored
+			case rejected:
+				err = fmt.Errorf("%w: %w", ErrNotStored, err)
+			case j.ctx.Err() == nil: // the link is of no more use
+				select {
+				case broken <- err:
+				default:
+				}
+			}
+			if err != nil {
+				j.all.fail(err)
+			}
+			j.all.Done()
+		}
+	}
+}
