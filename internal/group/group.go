@@ -15,12 +15,15 @@ var ErrFull = errors.New("too much is waiting already")
 // ErrClosed is the answer after Close: nothing was taken.
 var ErrClosed = errors.New("closed")
 
-// Options bound a Committer. All numbers must be above 0.
+// Options bound a Committer. All numbers must be above 0, but for Bytes.
 type Options[T any] struct {
 	// Commit does the work for a batch. An error is the answer to every caller in it.
 	Commit func(ctx context.Context, batch []T) error
 	// Batch is the most items in one batch, but for a single call that brings more.
 	Batch int
+	// Bytes is the most bytes in one batch by Size, with the same exception; 0 is no bound.
+	Bytes int
+	Size  func(T) int
 	// InFlight is the most batches under way at once.
 	InFlight int
 	// Waiting is the most items that wait for a batch.
@@ -46,6 +49,7 @@ type Committer[T any] struct {
 
 type call[T any] struct {
 	items []T
+	bytes int
 	done  chan error // buffered
 }
 
@@ -63,6 +67,11 @@ func (c *Committer[T]) Commit(ctx context.Context, items ...T) error {
 		return nil
 	}
 	mine := &call[T]{items: items, done: make(chan error, 1)}
+	if c.options.Bytes > 0 {
+		for _, item := range items {
+			mine.bytes += c.options.Size(item)
+		}
+	}
 	c.mu.Lock()
 	switch {
 	case c.closed:
@@ -156,10 +165,14 @@ func (c *Committer[T]) take() []*call[T] {
 		}
 		return nil
 	}
-	n, size := 1, len(c.queue[0].items)
-	for n < len(c.queue) && size+len(c.queue[n].items) <= c.options.Batch {
-		size += len(c.queue[n].items)
-		n++
+	n, size, bytes := 1, len(c.queue[0].items), c.queue[0].bytes
+	for ; n < len(c.queue); n++ {
+		next := c.queue[n]
+		if size+len(next.items) > c.options.Batch || c.options.Bytes > 0 && bytes+next.bytes > c.options.Bytes {
+			break
+		}
+		size += len(next.items)
+		bytes += next.bytes
 	}
 	calls := append([]*call[T](nil), c.queue[:n]...)
 	c.queue = append(c.queue[:0], c.queue[n:]...)
