@@ -6,13 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"math/rand/v2"
 	"net"
 	"sync"
 	"time"
 
 	amqp "github.com/Azure/go-amqp"
+
+	"isobar.dev/internal/peer"
 )
 
 // Settings say where RabbitMQ is.
@@ -27,9 +27,6 @@ const (
 	connectTimeout = 5 * time.Second
 	// idleTimeout is after how long a silent broker is taken for dead; it sends heartbeats at half of it.
 	idleTimeout = 10 * time.Second
-
-	minBackoff = 50 * time.Millisecond
-	maxBackoff = 2 * time.Second
 )
 
 // Queue is the AMQP 1.0 address of a queue.
@@ -82,34 +79,8 @@ func (c *Conn) Close() {
 	<-closed
 }
 
-// Keep calls use again and again until ctx ends, waiting longer after each time that it failed at once. It logs when
-// what is used goes away and when it is back: use calls up as soon as it works.
-func Keep(ctx context.Context, what string, use func(ctx context.Context, up func()) error) {
-	backoff := minBackoff
-	away := false
-	for {
-		err := use(ctx, func() {
-			backoff = minBackoff
-			if away {
-				slog.Info("is back", "peer", what)
-			}
-			away = false
-		})
-		if ctx.Err() != nil {
-			return
-		}
-		if !away {
-			slog.Warn("is away, trying again until it is back", "peer", what, "error", err)
-		}
-		away = true
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(backoff/2 + rand.N(backoff)):
-		}
-		backoff = min(2*backoff, maxBackoff)
-	}
-}
+// Keep is peer.Keep.
+var Keep = peer.Keep
 
 // ErrAway is the error of Send while there is no connection.
 var ErrAway = errors.New("RabbitMQ is away")
@@ -173,7 +144,7 @@ func NewSender(s Settings, queue string) *Sender {
 	}
 	go func() {
 		defer close(sender.stopped)
-		Keep(ctx, "RabbitMQ queue "+queue, sender.use)
+		peer.Keep(ctx, "RabbitMQ queue "+queue, sender.use)
 	}()
 	return sender
 }

@@ -1,0 +1,31 @@
+// Ingress takes weather reports over HTTP and hands them to the publisher over gRPC, those of many requests together.
+package main
+
+import (
+	"context"
+	"net"
+
+	"isobar.dev/events/api"
+	"isobar.dev/internal/serve"
+)
+
+type settings struct {
+	Host      string `env:"HOST"` // the address to listen on; all of them if empty
+	Port      string `env:"PORT" envDefault:"8080"`
+	Publisher string `env:"PUBLISHER_ADDR,required,notEmpty"` // HOST:PORT
+	GroupSize int    `env:"GROUP_SIZE" envDefault:"500"`      // most reports in one call; 1 gives each request its own
+}
+
+func main() { serve.Main("ingress", build) }
+
+func build(_ context.Context, s settings) (*serve.Program, error) {
+	p, err := newPublisher(s.Publisher, s.GroupSize)
+	if err != nil {
+		return nil, err
+	}
+	return &serve.Program{
+		Listeners: []serve.Listener{{Addr: net.JoinHostPort(s.Host, s.Port), HTTP: api.Handler(p.publish)}},
+		Close:     p.close,
+		Peers:     p.peers,
+	}, nil
+}

@@ -1,0 +1,231 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/IBM/sarama"
+	"github.com/cloudevents/sdk-go/v2/event"
+
+	"isobar.dev/events"
+	"isobar.dev/internal/kafka"
+	"isobar.dev/internal/peer"
+)
+
+// errKafkaAway is the error of Publish while there is no connection.
+var errKafkaAway = errors.New("Kafka is away")
+
+// kafkaTopic is the Broker that is a topic of Kafka. It asks for the word of all in-sync replicas, and its producer is
+// idempotent. After any error that is not of one record alone the producer is given up and a new one made: sarama's
+// answers are not to be relied on once its sequence numbers and the broker's have parted (it takes a "duplicate
+// sequence number" for success).
+type kafkaTopic struct {
+	settings kafka.Settings
+	topic    string
+	stop     context.CancelFunc
+	stopped  chan struct{}
+
+	mu       sync.Mutex
+	producer *producer // nil while there is none
+	err      error     // why
+}
+
+var _ Broker = (*kafkaTopic)(nil)
+
+// producer is one life of the sarama producer.
+type producer struct {
+	sarama.AsyncProducer
+	sending sync.RWMutex  // held for reading while a record is handed over
+	gone    chan struct{} // closed when no more is taken
+	failed  chan error    // buffered: the first error that ends it
+}
+
+// sent is the metadata of a record: who waits for it.
+type sent struct {
+	sync.WaitGroup
+	mu  sync.Mutex
+	err error
+}
+
+func (s *sent) fail(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil {
+		s.err = err
+	}
+}
+
+func newKafka(s kafka.Settings, topic string) *kafkaTopic {
+	ctx, stop := context.WithCancel(context.Background())
+	k := &kafkaTopic{settings: s, topic: topic, stop: stop, stopped: make(chan struct{}), err: errors.New("not connected yet")}
+	go func() {
+		defer close(k.stopped)
+		peer.Keep(ctx, "Kafka topic "+topic, k.use)
+	}()
+	return k
+}
+
+func (k *kafkaTopic) Publish(ctx context.Context, reports []event.Event) error {
+	records := make([]*sarama.ProducerMessage, len(reports))
+	all := new(sent)
+	for i := range reports {
+		record, err := events.WriteRecord(&reports[i], k.topic)
+		if err != nil {
+			return err
+		}
+		record.Metadata = all
+		records[i] = record
+	}
+	k.mu.Lock()
+	p, err := k.producer, k.err
+	k.mu.Unlock()
+	if p == nil {
+		return fmt.Errorf("%w: %w", errKafkaAway, err)
+	}
+	if err := p.send(ctx, all, records); err != nil {
+		return fmt.Errorf("publish to topic %q: %w", k.topic, err)
+	}
+	return nil
+}
+
+func (p *producer) send(ctx context.Context, all *sent, records []*sarama.ProducerMessage) error {
+	for _, record := range records {
+		if err := p.hand(ctx, all, record); err != nil {
+			return err // what is under way is no longer waited for: nothing is promised
+		}
+	}
+	done := make(chan struct{})
+	go func() { all.Wait(); close(done) }()
+	select {
+	case <-done:
+		return all.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// hand gives one record to sarama, unless the producer is being closed: sarama panics on what comes after.
+func (p *producer) hand(ctx context.Context, all *sent, record *sarama.ProducerMessage) error {
+	p.sending.RLock()
+	defer p.sending.RUnlock()
+	select {
+	case <-p.gone:
+		return errKafkaAway
+	default:
+	}
+	all.Add(1)
+	select {
+	case p.Input() <- record:
+		return nil
+	case <-ctx.Done():
+		all.Done()
+		return ctx.Err()
+	case <-p.gone:
+		all.Done()
+		return errKafkaAway
+	}
+}
+
+// Err returns nil while there is a producer, or why there is none.
+func (k *kafkaTopic) Err() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.err
+}
+
+func (k *kafkaTopic) Close() {
+	k.stop()
+	<-k.stopped
+}
+
+func (k *kafkaTopic) config() *sarama.Config {
+	c := k.settings.Config()
+	c.Producer.RequiredAcks = sarama.WaitForAll
+	c.Producer.Idempotent = true
+	c.Net.MaxOpenRequests = 1 // what sarama's idempotence asks for; records gather while a request is under way
+	c.Producer.Timeout = 5 * time.Second
+	c.Producer.Retry.Max = 3 // for a new leader; what takes longer is the caller's to send again
+	c.Producer.Retry.Backoff = 100 * time.Millisecond
+	c.Producer.Return.Successes = true
+	c.Producer.Return.Errors = true
+	return c
+}
+
+// use makes a producer and keeps it until it fails or ctx ends.
+func (k *kafkaTopic) use(ctx context.Context, up func()) (err error) {
+	defer func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.producer = nil
+		if k.err = err; err == nil {
+			k.err = context.Canceled
+		}
+	}()
+	client, err := sarama.NewClient(k.settings.Brokers, k.config())
+	if err != nil {
+		return fmt.Errorf("connect to Kafka: %w", err)
+	}
+	defer client.Close()
+	if _, err := client.Partitions(k.topic); err != nil {
+		return fmt.Errorf("look up topic %q: %w", k.topic, err)
+	}
+	async, err := sarama.NewAsyncProducerFromClient(client)
+	if err != nil {
+		return fmt.Errorf("make an idempotent producer: %w", err)
+	}
+	p := &producer{AsyncProducer: async, gone: make(chan struct{}), failed: make(chan error, 1)}
+	results := p.collect()
+	k.mu.Lock()
+	k.producer, k.err = p, nil
+	k.mu.Unlock()
+	up()
+
+	select {
+	case <-ctx.Done():
+		err = ctx.Err()
+	case err = <-p.failed:
+	}
+	k.mu.Lock()
+	k.producer, k.err = nil, err
+	k.mu.Unlock()
+	close(p.gone)
+	p.sending.Lock() // no record is being handed over any more
+	p.AsyncClose()
+	p.sending.Unlock()
+	<-results
+	return err
+}
+
+// collect gives each record's result to who waits for it, until the producer is closed.
+func (p *producer) collect() (done chan struct{}) {
+	done = make(chan struct{})
+	var both sync.WaitGroup
+	both.Go(func() {
+		for record := range p.Successes() {
+			record.Metadata.(*sent).Done()
+		}
+	})
+	both.Go(func() {
+		for failure := range p.Errors() {
+			waiting := failure.Msg.Metadata.(*sent)
+			waiting.fail(failure.Err)
+			waiting.Done()
+			if !ofOneRecord(failure.Err) {
+				select {
+				case p.failed <- failure.Err:
+				default:
+				}
+			}
+		}
+	})
+	go func() { both.Wait(); close(done) }()
+	return done
+}
+
+// ofOneRecord tells of an error whether it says nothing of the connection.
+func ofOneRecord(err error) bool {
+	return errors.Is(err, sarama.ErrMessageSizeTooLarge) || errors.Is(err, sarama.ErrInvalidMessage)
+}

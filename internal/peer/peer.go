@@ -1,0 +1,44 @@
+// Package peer keeps what a program needs of another one that comes and goes.
+package peer
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"time"
+)
+
+const (
+	minBackoff = 50 * time.Millisecond
+	maxBackoff = 2 * time.Second
+)
+
+// Keep calls use again and again until ctx ends, waiting longer after each time that it failed at once. It logs when
+// what is used goes away and when it is back: use calls up as soon as it works.
+func Keep(ctx context.Context, what string, use func(ctx context.Context, up func()) error) {
+	backoff := minBackoff
+	away := false
+	for {
+		err := use(ctx, func() {
+			backoff = minBackoff
+			if away {
+				slog.Info("is back", "peer", what)
+			}
+			away = false
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		if !away {
+			slog.Warn("is away, trying again until it is back", "peer", what, "error", err)
+		}
+		away = true
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(backoff/2 + rand.N(backoff)):
+		}
+		backoff = min(2*backoff, maxBackoff)
+	}
+}
+
