@@ -56,7 +56,7 @@ func Install(ctx context.Context, progress io.Writer, kinds ...Kind) error {
 		for _, k := range kinds {
 			variables = append(variables, Variables[k])
 		}
-		return fmt.Errorf("install %v: %w\n\nInstalling needs Linux, apt, root and a network. Servers that run elsewhere are used instead where %s says where they are.",
+		return fmt.Errorf("install %v: %w\n\nInstalling takes apt, root and a network; servers that run elsewhere are used instead once these name them: %s",
 			kinds, err, strings.Join(variables, ", "))
 	}
 	return nil

@@ -29,7 +29,7 @@ var KafkaTopics = map[string]int32{"message": 8, "message.dead": 1}
 func Kafka(dir string, port int, options ...Option) *Process {
 	o := gather(dir, "kafka", options)
 	controller := 0
-	return server(o, port, func(ctx context.Context, port int) (Spec, error) {
+	return server(o, port, func(_ context.Context, port int) (Spec, error) {
 		home, err := kafkaTree.path()
 		if err != nil {
 			return Spec{}, err

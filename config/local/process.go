@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,7 +28,7 @@ type Spec struct {
 	Log  string   // the file that gets its output, appended to over restarts; none: the output is dropped
 	Path string   // the program
 	Args []string // its arguments
-	Env  []string // added to this process's own environment; the last of a name wins
+	Env  []string // added to this process's own environment: NAME=value sets, NAME alone takes it out
 	Dir  string   // its working directory
 
 	// Addr is host:port where it serves. Empty is allowed; else the port must be free when it starts.
@@ -44,6 +45,7 @@ type Process struct {
 	name, log string
 	port      int // of addr; 0 until a free one has been picked
 	prepare   func(ctx context.Context, port int) (Spec, error)
+	onDeath   func(p *Process, how string) // called when it ends without having been asked to, once it was ready
 
 	turn sync.Mutex // held by whoever is starting or ending it
 
@@ -138,6 +140,14 @@ func (p *Process) start(ctx context.Context) error {
 		r.destroy()
 		return fmt.Errorf("start %s: %w%s", p.name, err, p.tail())
 	}
+	if p.onDeath != nil {
+		go func() {
+			<-r.exited
+			if !p.wasAsked(r) {
+				p.onDeath(p, r.state.String())
+			}
+		}()
+	}
 	return nil
 }
 
@@ -218,20 +228,10 @@ func (p *Process) signal(s syscall.Signal) error {
 	return nil
 }
 
-// Died returns a channel that is closed when the current run ends, and nil if there was none. Asked tells afterwards
-// whether that end was asked for.
-func (p *Process) died() (exited <-chan struct{}, asked func() bool) {
+func (p *Process) wasAsked(r *run) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	r := p.run
-	if r == nil {
-		return nil, nil
-	}
-	return r.exited, func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return r.asked
-	}
+	return r.asked
 }
 
 // tail is the end of the log, for an error message.
@@ -273,7 +273,7 @@ func spawn(spec Spec) (*run, error) {
 	serial.Unlock()
 
 	cmd := exec.Command(spec.Path, spec.Args...)
-	cmd.Env = append(append(os.Environ(), spec.Env...), tag+"="+r.tag)
+	cmd.Env = append(environ(spec.Env), tag+"="+r.tag)
 	cmd.Dir = spec.Dir
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if spec.Log != "" {
@@ -305,6 +305,19 @@ func spawn(spec Spec) (*run, error) {
 		close(r.exited)
 	}()
 	return r, <-started
+}
+
+// environ is this process's own environment with the changes.
+func environ(changes []string) []string {
+	env := os.Environ()
+	for _, c := range changes {
+		name, _, set := strings.Cut(c, "=")
+		env = slices.DeleteFunc(env, func(v string) bool { return strings.HasPrefix(v, name+"=") })
+		if set {
+			env = append(env, c)
+		}
+	}
+	return env
 }
 
 // awaitReady asks until the process is ready. There is no event to wait for, so it asks often at first and then less.
@@ -348,9 +361,9 @@ func (r *run) destroy() {
 	}
 }
 
-// tagged lists the living processes whose environment has the tag.
-func tagged(value string) []int {
-	want := []byte(tag + "=" + value)
+// tagged lists the living processes whose tag begins so.
+func tagged(prefix string) []int {
+	want := []byte(tag + "=" + prefix)
 	var pids []int
 	entries, _ := os.ReadDir("/proc")
 	for _, e := range entries {
@@ -363,7 +376,7 @@ func tagged(value string) []int {
 			continue
 		}
 		for v := range bytes.SplitSeq(env, []byte{0}) {
-			if bytes.Equal(v, want) {
+			if bytes.HasPrefix(v, want) {
 				pids = append(pids, pid)
 			}
 		}

@@ -69,6 +69,18 @@ sentinel failover-timeout %[2]s 5000
 	})
 }
 
+// RedisCLI returns the name of a redis-cli, which works with Valkey as well: this machine's, else the path of the one that
+// came with Redis, else nothing.
+func RedisCLI() string {
+	if found("redis-cli")() {
+		return "redis-cli"
+	}
+	if tree, err := installedDebian(); err == nil {
+		return filepath.Join(tree.bin, "redis-cli")
+	}
+	return ""
+}
+
 // ping asks a Redis or Valkey whether it can answer: while it loads its data it answers with an error.
 func ping(port int) func(context.Context) error {
 	return func(ctx context.Context) error {
