@@ -1,0 +1,242 @@
+package source
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/cloudevents/sdk-go/v2/event"
+
+	"isobar.dev/events"
+)
+
+// The attributes with which Knative marks a dead letter: where it was to go, with which status it was refused and why.
+const (
+	errorDest = "knativeerrordest"
+	errorCode = "knativeerrorcode"
+	errorData = "knativeerrordata"
+)
+
+const (
+	minBackoff = 50 * time.Millisecond
+	maxBackoff = 5 * time.Second
+	// buryTimeout bounds one attempt to store dead letters.
+	buryTimeout = 15 * time.Second
+	// patience is for how long a POST may go on after the source was told to stop.
+	patience = 10 * time.Second
+)
+
+// Deliver runs a source and delivers its events to a sink until ctx ends. What has arrived while POSTs were under way
+// makes the next batch, of at most so many, so that a lone event leaves at once. It tries for as long as it takes. An event that the sink
+// refuses goes to the dead letters, alone. When ctx ends, POSTs under way may end within 10 seconds, and what is not
+// settled then will be delivered again.
+func Deliver(ctx context.Context, src Source, sink *Sink, most int) {
+	receiving, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var running sync.WaitGroup
+	running.Go(func() { src.Run(receiving) })
+
+	ending, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
+	unhurried := context.AfterFunc(ctx, func() {
+		select {
+		case <-time.After(patience):
+			end()
+		case <-ending.Done():
+		}
+	})
+	defer unhurried()
+
+	d := &delivery{src: src, sink: sink, ending: ending}
+	d.sinkTrouble.what, d.deadTrouble.what = "sink "+sink.url, "dead letters"
+	var workers sync.WaitGroup
+	for range posts {
+		workers.Go(func() {
+			for {
+				batch := src.Take(ctx, most)
+				if len(batch) == 0 {
+					return
+				}
+				d.deliver(ctx, batch)
+			}
+		})
+	}
+	workers.Wait()
+	stop()
+	running.Wait()
+	sink.client.CloseIdleConnections()
+}
+
+type delivery struct {
+	src    Source
+	sink   *Sink
+	ending context.Context // of POSTs that are under way when the source is told to stop
+
+	sinkTrouble, deadTrouble trouble
+}
+
+// letter is an event that is refused.
+type letter struct {
+	Event
+	answer *answer
+}
+
+// deliver delivers a batch, or returns when ctx has ended.
+func (d *delivery) deliver(ctx context.Context, batch []Event) {
+	var dead []letter
+	readable := make([]Event, 0, len(batch))
+	for _, e := range batch {
+		if e.Unreadable == nil {
+			readable = append(readable, e)
+			continue
+		}
+		dead = append(dead, letter{e, &answer{status: http.StatusUnprocessableEntity, reason: clean(e.Unreadable.Error())}})
+	}
+	dead = d.send(ctx, readable, dead)
+	if len(dead) > 0 {
+		d.bury(ctx, dead)
+	}
+}
+
+// send delivers events and settles them; those that are refused it appends to dead.
+func (d *delivery) send(ctx context.Context, batch []Event, dead []letter) []letter {
+	for len(batch) > 0 {
+		a := d.post(ctx, batch)
+		switch {
+		case a == nil:
+			return dead
+		case a.taken():
+			d.src.Settle(batch)
+			return dead
+		case len(batch) == 1:
+			return append(dead, letter{batch[0], a})
+		case a.index >= 0 && a.index < len(batch):
+			dead = append(dead, letter{batch[a.index], a})
+			batch = slices.Delete(slices.Clone(batch), a.index, a.index+1)
+		default:
+			half := len(batch) / 2
+			dead = d.send(ctx, batch[:half], dead)
+			batch = batch[half:]
+		}
+	}
+	return dead
+}
+
+// post sends a batch until it is taken or refused. It returns nil if ctx ended before.
+func (d *delivery) post(ctx context.Context, batch []Event) *answer {
+	mediaType, body := batchMediaType, d.sink.body(batch)
+	var wait backoff
+	for {
+		a, err := d.sink.post(d.ending, mediaType, body)
+		if err == nil && (a.taken() || a.refused()) {
+			if a.status == http.StatusUnsupportedMediaType && len(batch) == 1 && mediaType == batchMediaType {
+				// A sink that knows no batches may still take an event.
+				mediaType, body = eventMediaType, d.sink.override(batch[0].JSON)
+				continue
+			}
+			d.sinkTrouble.over(&wait)
+			return a
+		}
+		var after time.Duration
+		if err == nil {
+			err, after = a, a.retryAfter
+		}
+		d.sinkTrouble.begins(&wait, err)
+		if !wait.pause(ctx, after) {
+			d.sinkTrouble.over(&wait)
+			return nil
+		}
+	}
+}
+
+// bury stores dead letters and settles their events, or returns when ctx has ended.
+func (d *delivery) bury(ctx context.Context, dead []letter) {
+	letters := make([]event.Event, len(dead))
+	done := make([]Event, len(dead))
+	for i, l := range dead {
+		letters[i], done[i] = d.mark(l), l.Event
+	}
+	var wait backoff
+	for {
+		trying, cancel := context.WithTimeout(d.ending, buryTimeout)
+		err := d.src.Bury(trying, letters)
+		cancel()
+		if err == nil {
+			d.deadTrouble.over(&wait)
+			break
+		}
+		d.deadTrouble.begins(&wait, err)
+		if !wait.pause(ctx, 0) {
+			d.deadTrouble.over(&wait)
+			return
+		}
+	}
+	d.src.Settle(done)
+	slog.Warn("put into the dead letters", "events", len(dead), "first", letters[0].ID(), "reason", dead[0].answer.Error())
+}
+
+// mark adds the reason to an event.
+func (d *delivery) mark(l letter) event.Event {
+	e := events.Recover(l.JSON)
+	e.SetExtension(errorDest, d.sink.url)
+	e.SetExtension(errorCode, strconv.Itoa(l.answer.status))
+	e.SetExtension(errorData, l.answer.reason)
+	return e
+}
+
+// backoff waits longer each time.
+type backoff struct {
+	last    time.Duration
+	counted bool // by a trouble
+}
+
+// pause waits, at least for after, and reports false if ctx ended before.
+func (b *backoff) pause(ctx context.Context, after time.Duration) bool {
+	b.last = min(max(2*b.last, minBackoff), maxBackoff)
+	timer := time.NewTimer(max(b.last/2+rand.N(b.last), after+rand.N(minBackoff)))
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return ctx.Err() == nil
+	}
+}
+
+// trouble says in the log when something begins to fail and when nothing is left of that.
+type trouble struct {
+	what string
+
+	mu      sync.Mutex
+	waiting int
+	since   time.Time
+}
+
+func (t *trouble) begins(b *backoff, err error) {
+	if b.counted {
+		return
+	}
+	b.counted = true
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.waiting++; t.waiting == 1 {
+		t.since = time.Now()
+		slog.Warn("is away, trying again until it is back", "peer", t.what, "error", err)
+	}
+}
+
+func (t *trouble) over(b *backoff) {
+	if !b.counted {
+		return
+	}
+	b.counted = false
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.waiting--; t.waiting == 0 {
+		slog.Info("is back", "peer", t.what, "after", time.Since(t.since).Round(time.Millisecond))
+	}
+}
