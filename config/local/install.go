@@ -80,7 +80,7 @@ var (
 		fetch: fetchKafka,
 	}
 	debianTree = installed{
-		name: "debian-trixie-a", title: "RabbitMQ 4.0, Redis 8 and Valkey 8 (Debian trixie)",
+		name: "debian-trixie-b", title: "RabbitMQ 4.0, Redis 8 and Valkey 8 (Debian trixie)",
 		kinds: []Kind{RabbitMQKind, RedisKind, ValkeyKind},
 		fetch: fetchDebian,
 	}
@@ -371,11 +371,7 @@ func debianLaunchers(dir string) error {
 	}
 	// RabbitMQ runs this one now and then to make sure that epmd runs, Erlang's name server for clusters. There is no
 	// cluster here and there shall be no epmd.
-	erl := filepath.Join(tree.root, "usr/lib/erlang/bin/erl")
-	if err := os.Remove(erl); err != nil {
-		return err
-	}
-	return os.WriteFile(erl, []byte("#!/bin/sh\nexit 0\n"), 0o755)
+	return os.WriteFile(filepath.Join(tree.bin, "erl"), []byte("#!/bin/sh\nexit 0\n"), 0o755)
 }
 
 // debian is the unpacked tree. Paths are relative to its root but for root and bin.

@@ -1,9 +1,11 @@
 package local
 
 import (
+	"bytes"
 	"context"
 	_ "embed"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -72,8 +74,13 @@ func RabbitMQ(dir string, port int, options ...Option) *Process {
 				"RABBITMQ_ADVANCED_CONFIG_FILE=" + filepath.Join(o.dir, "advanced.config"),
 				"RABBITMQ_ENABLED_PLUGINS_FILE=" + filepath.Join(o.dir, "enabled_plugins"),
 			},
-			Dir:   o.dir,
-			Ready: func(ctx context.Context) error { return rabbitReady(ctx, net.JoinHostPort(host, strconv.Itoa(port))) },
+			Dir: o.dir,
+			Ready: func(ctx context.Context) error {
+				if err := rabbitReady(ctx, net.JoinHostPort(host, strconv.Itoa(port))); err != nil {
+					return err
+				}
+				return o.queuesOnDisk()
+			},
 		}, nil
 	})
 }
@@ -112,6 +119,19 @@ func (s *settings) writeRabbit(port int) error {
 		}
 	}
 	return nil
+}
+
+// queuesOnDisk tells whether the names of the queues' logs are on disk. RabbitMQ writes them up to a second late: when it is
+// killed before that, it does not find a queue's log again, and the queue never has a leader.
+func (s *settings) queuesOnDisk() error {
+	files, _ := filepath.Glob(filepath.Join(s.dir, "data", "*", "quorum", "*", "names.dets"))
+	for _, file := range files {
+		names, err := os.ReadFile(file)
+		if err == nil && bytes.Contains(names, []byte("%2F_message.dead")) {
+			return nil
+		}
+	}
+	return errors.New("the names of its queues are not on disk yet")
 }
 
 func rabbitReady(ctx context.Context, addr string) error {

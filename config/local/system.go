@@ -70,10 +70,10 @@ type System struct {
 
 	progress io.Writer
 
-	mu         sync.Mutex
-	reviving   context.Context // ends when nothing shall be started again
+	mu           sync.Mutex
+	reviving     context.Context // ends when nothing shall be started again
 	stopReviving context.CancelFunc
-	revivals   sync.WaitGroup
+	revivals     sync.WaitGroup
 }
 
 // program is one of ours.

@@ -41,6 +41,7 @@ func newSystem(t *testing.T, options Options) *System {
 	if options.Bin == "" {
 		options.Bin = fakes(t)
 	}
+	t.Setenv("GORACE", "atexit_sleep_ms=0") // the stand-ins need not wait for a last race
 	s, err := NewSystem(t.TempDir(), options)
 	if err != nil {
 		t.Fatal(err)
