@@ -82,7 +82,7 @@ func (d *decoder) envelope(input []byte, v *envelope) error {
 		return err
 	}
 	for d.PeekKind() != '}' {
-		name, err := d.ReadValue()
+		name, err := d.name()
 		if err != nil {
 			return err
 		}
@@ -269,11 +269,7 @@ func Parse(data []byte) (event.Event, error) {
 	d := decode(data)
 	defer d.free()
 	var v envelope
-	err := d.envelope(data, &v)
-	if err == nil {
-		err = d.end()
-	}
-	if err != nil {
+	if err := d.ended(d.envelope(data, &v)); err != nil {
 		return event.Event{}, d.wrap("CloudEvent", err)
 	}
 	return v.event()

@@ -77,10 +77,7 @@ func ParseReport(data []byte) (Report, error) {
 	d := decode(data)
 	defer d.free()
 	r, err := d.report()
-	if err == nil {
-		err = d.end()
-	}
-	if err != nil {
+	if err = d.ended(err); err != nil {
 		return Report{}, d.wrap("report", err)
 	}
 	return r, nil
@@ -142,6 +139,17 @@ func (d *decoder) end() error {
 	return nil
 }
 
+// ended is err, unless what was read is not all that there is: broken JSON is said before a broken rule.
+func (d *decoder) ended(err error) error {
+	if _, broken := err.(*Violation); err != nil && !broken {
+		return err
+	}
+	if more := d.end(); more != nil {
+		return more
+	}
+	return err
+}
+
 // wrap makes an error of the JSON reader a *Malformed; a *Violation stays what it is.
 func (d *decoder) wrap(what string, err error) error {
 	switch err.(type) {
@@ -173,6 +181,15 @@ func (d *decoder) text(field, rule string) (string, error) {
 	return token.String(), nil
 }
 
+// name reads the name of an object's member, in quotes and with no more escapes than it needs.
+func (d *decoder) name() ([]byte, error) {
+	name, err := d.ReadValue()
+	if err == nil && bytes.IndexByte(name, '\\') >= 0 {
+		name = appendString(nil, unquote(name))
+	}
+	return name, err
+}
+
 func (d *decoder) report() (Report, error) {
 	var r Report
 	if kind := d.PeekKind(); kind != '{' {
@@ -189,7 +206,7 @@ func (d *decoder) report() (Report, error) {
 	var broken error
 	var hasCountry, hasWeather bool
 	for d.PeekKind() != '}' {
-		name, err := d.ReadValue()
+		name, err := d.name()
 		if err != nil {
 			return r, err
 		}

@@ -10,7 +10,7 @@ import (
 
 const (
 	minBackoff = 50 * time.Millisecond
-	maxBackoff = 2 * time.Second
+	maxBackoff = time.Second
 )
 
 // Keep calls use again and again until ctx ends, waiting longer after each time that it failed at once. It logs when
@@ -41,4 +41,3 @@ func Keep(ctx context.Context, what string, use func(ctx context.Context, up fun
 		backoff = min(2*backoff, maxBackoff)
 	}
 }
-

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	amqp "github.com/Azure/go-amqp"
@@ -94,6 +95,8 @@ const (
 	senderLinks = 4
 	// linkWorkers is how many messages are in flight on one link; RabbitMQ grants that many credits and more.
 	linkWorkers = 128
+	// stall is after how long without a single outcome a link is given up although the connection lives.
+	stall = 5 * time.Second
 )
 
 // Sender sends to one queue over several links of one connection, each with many messages in flight. Its methods may
@@ -226,8 +229,9 @@ func (s *Sender) use(ctx context.Context, up func()) (err error) {
 	defer close(gone)
 	broken := make(chan error, 1)
 	for _, link := range links {
+		settled := new(atomic.Int64)
 		for range linkWorkers {
-			workers.Go(func() { s.work(link, gone, broken) })
+			workers.Go(func() { s.work(link, settled, gone, broken) })
 		}
 	}
 	s.mu.Lock()
@@ -261,26 +265,35 @@ func openSender(conn *Conn, queue string) (*amqp.Sender, error) {
 	return link, nil
 }
 
-// work sends one message after the other; many workers share a link.
-func (s *Sender) work(link *amqp.Sender, gone <-chan struct{}, broken chan<- error) {
+// work sends one message after the other; many workers share a link and the time of its last outcome.
+func (s *Sender) work(link *amqp.Sender, settled *atomic.Int64, gone <-chan struct{}, broken chan<- error) {
+	give := func(err error) {
+		select {
+		case broken <- err:
+		default: // another has given the link up already
+		}
+	}
 	for {
 		select {
 		case <-gone:
 			return
 		case j := <-s.jobs:
+			start := time.Now()
 			err := link.Send(j.ctx, j.message)
 			rejection, rejected := err.(*amqp.Error)
+			if err == nil || rejected {
+				settled.Store(time.Now().UnixNano())
+			}
 			switch {
 			case err == nil:
 			case rejected && rejection == nil:
 				err = ErrNotStored
 			case rejected:
 				err = fmt.Errorf("%w: %w", ErrNotStored, err)
-			case j.ctx.Err() == nil: // the link is of no more use
-				select {
-				case broken <- err:
-				default:
-				}
+			case j.ctx.Err() == nil:
+				give(err)
+			case time.Since(start) > stall && time.Since(time.Unix(0, settled.Load())) > stall:
+				give(fmt.Errorf("no outcome for %v", stall))
 			}
 			if err != nil {
 				j.all.fail(err)
