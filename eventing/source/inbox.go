@@ -74,6 +74,9 @@ func (b *inbox) take(ctx context.Context, most int) []Event {
 		case <-ctx.Done():
 			return nil
 		case <-b.arrived:
+			if ctx.Err() != nil {
+				return nil
+			}
 		}
 		if batch := b.batch(most); len(batch) > 0 {
 			return batch

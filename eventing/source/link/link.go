@@ -1,7 +1,7 @@
-// Package link receives from one RabbitMQ queue over AMQP 1.0. It is what a source needs and the client that the
-// CloudEvents SDK is bound to (Azure/go-amqp 0.17) does not do: messages are settled by whole ranges and without a
-// goroutine each, a message that can't be decoded is one more message and not the end of the link, and what is held is
-// bounded in bytes as well as in messages.
+// Package link receives from one RabbitMQ queue over AMQP 1.0, for a source that settles a message only when it is done
+// with it. The client that the CloudEvents SDK is bound to (Azure/go-amqp 0.17) can't: in the one receiver settle mode
+// that RabbitMQ knows, it accepts each message as it hands it out. Also here, messages are settled by whole ranges, one
+// that can't be decoded is one more message and not the end of the link, and what is held is bounded in bytes too.
 package link
 
 import (
@@ -31,16 +31,18 @@ const (
 	stepTimeout = 5 * time.Second
 	// silence is after how long a broker that sends nothing is taken for dead. It is asked to be heard of in half of it.
 	silence = 10 * time.Second
+	goodbye = time.Second
 )
 
 // Link is a connection with one session and one receiving link. Receive is for one goroutine; Accept and Close are for
 // any.
 type Link struct {
-	conn  net.Conn
-	in    *bufio.Reader
-	frame []byte // of the last Receive
-	stop  chan struct{}
-	close sync.Once
+	conn          net.Conn
+	in            *bufio.Reader
+	frame         []byte        // of the last Receive
+	stop          chan struct{} // closed by Close
+	ended         chan struct{} // closed when Receive has failed
+	close, broken sync.Once
 
 	writing sync.Mutex
 	out     []byte
@@ -93,7 +95,7 @@ func Open(ctx context.Context, s rabbit.Settings, queue string) (*Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect to RabbitMQ: %w", err)
 	}
-	l := &Link{conn: conn, in: bufio.NewReaderSize(conn, 64<<10), stop: make(chan struct{}), large: make(map[uint32]int)}
+	l := &Link{conn: conn, in: bufio.NewReaderSize(conn, 64<<10), stop: make(chan struct{}), ended: make(chan struct{}), large: make(map[uint32]int)}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	_ = conn.SetDeadline(time.Now().Add(stepTimeout))
@@ -259,6 +261,13 @@ func (l *Link) Buffered() bool { return l.in.Buffered() >= 8 }
 // Receive waits for a message and returns its delivery and the encoded message, which stays until the next Receive.
 // After an error the link is of no more use, and what is not settled is the queue's again.
 func (l *Link) Receive() (delivery uint32, message []byte, err error) {
+	if delivery, message, err = l.receive(); err != nil {
+		l.broken.Do(func() { close(l.ended) })
+	}
+	return delivery, message, err
+}
+
+func (l *Link) receive() (delivery uint32, message []byte, err error) {
 	for {
 		if !l.Buffered() {
 			_ = l.conn.SetReadDeadline(time.Now().Add(silence))
@@ -478,11 +487,17 @@ func (l *Link) Accept(ranges ...Range) error {
 	return l.grant()
 }
 
-// Close closes the connection; what is not settled goes back into the queue.
+// Close closes the connection; what is not settled goes back into the queue. It ends a Receive, and needs one that is
+// under way to hear the broker's goodbye, for which it does not wait long.
 func (l *Link) Close() {
 	l.close.Do(func() {
 		close(l.stop)
-		_ = l.send(frameAMQP, performClose, 0, func(b []byte) []byte { return b }) // a courtesy
+		if l.send(frameAMQP, performClose, 0, func(b []byte) []byte { return b }) == nil {
+			select {
+			case <-l.ended:
+			case <-time.After(goodbye):
+			}
+		}
 		l.conn.Close()
 	})
 }
