@@ -18,8 +18,8 @@ import (
 
 // Limits of a request.
 const (
-	MaxBody   = 8 << 20 // bytes
-	MaxEvents = 10_000
+	MaxBody   = 4 << 20 // bytes
+	MaxEvents = 5_000
 )
 
 const (
@@ -27,8 +27,8 @@ const (
 	patience = 10 * time.Second
 	// commitTimeout bounds one batch: go-redis tries twice.
 	commitTimeout = 2*answerTimeout + time.Second
-	// memory is the most bytes of bodies that are in memory at once. What is read from them takes about as much again.
-	memory = 12 << 20
+	// memory is the most bytes of bodies that are being read or counted at once. The others are not read yet.
+	memory = 2 * MaxBody
 )
 
 // Handler takes events by HTTP, as Knative's sources and the project's own post them: POST / with one CloudEvent in binary
@@ -61,7 +61,7 @@ func NewHandler(store Store, groupSize int) (*Handler, error) {
 			Commit:   func(ctx context.Context, batch []events.Arrival) error { return store.Count(ctx, batch) },
 			Batch:    groupSize,
 			InFlight: inFlight,
-			Waiting:  2 * MaxEvents,
+			Waiting:  10 * MaxEvents, // more than there is room for, unless the events are very small
 			Timeout:  commitTimeout,
 			Alone: func(err error) bool {
 				f, ok := errors.AsType[*Failure](err)
@@ -86,31 +86,35 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), patience)
 	defer cancel()
-	arrivals, err := h.read(ctx, w, r)
-	if err == nil {
-		err = h.group.Commit(ctx, arrivals...)
-	}
-	if err != nil {
+	if err := h.count(ctx, w, r); err != nil {
 		problem.Write(w, details(err))
 		return
 	}
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// read returns the arrivals of a request, with nothing in them that counting does not need.
-func (h *Handler) read(ctx context.Context, w http.ResponseWriter, r *http.Request) ([]events.Arrival, error) {
+// count reads a request, as soon as there is room for it, and counts what it brings.
+func (h *Handler) count(ctx context.Context, w http.ResponseWriter, r *http.Request) error {
 	size := r.ContentLength
 	if size > MaxBody {
-		return nil, &http.MaxBytesError{Limit: MaxBody}
+		return &http.MaxBytesError{Limit: MaxBody}
 	}
 	if size < 0 {
 		size = MaxBody
 	}
 	if err := h.room.take(ctx, size); err != nil {
-		return nil, err
+		return err
 	}
 	defer h.room.give(size)
+	arrivals, err := read(ctx, w, r)
+	if err != nil {
+		return err
+	}
+	return h.group.Commit(ctx, arrivals...)
+}
 
+// read returns the arrivals of a request, with nothing in them that counting does not need.
+func read(ctx context.Context, w http.ResponseWriter, r *http.Request) ([]events.Arrival, error) {
 	// A caller that sends slowly must not keep the room from the others. Where the deadline can't be set there is no
 	// connection that could be slow.
 	deadline, _ := ctx.Deadline()
