@@ -78,8 +78,13 @@ func drain(b *testing.B, w *world, backlog int) float64 {
 	defer client.Close()
 	began := time.Now()
 	source := run(w.program, "", append(w.env("backlog"), "K_SINK=http://"+addr+"/")...)
+	var first time.Duration
 	for {
 		total, _ := client.Get(b.Context(), "messages:total").Int()
+		if total > 0 && first == 0 {
+			first = time.Since(began)
+			b.ReportMetric(first.Seconds(), "s-to-first")
+		}
 		if total == backlog {
 			break
 		}

@@ -106,7 +106,7 @@ func (r *Rabbit) read(message []byte) Event {
 	}
 	m := new(amqp.Message)
 	if err := decode(m, slices.Clone(message)); err != nil {
-		// Kept as it came: what can't be read can't be taken apart.
+		// It is kept as it came: what can't be read can't be taken apart.
 		whole := &amqp.Message{Data: [][]byte{slices.Clone(message)}}
 		if sections.ID != "" {
 			whole.Properties = &amqp.MessageProperties{MessageID: sections.ID}
@@ -119,14 +119,21 @@ func (r *Rabbit) read(message []byte) Event {
 	return Event{JSON: events.CarryMessage(nil, m, r.source)}
 }
 
-// decode decodes a message, and survives the decoder.
+// decode decodes a message whose body is bytes or text, and survives the decoder.
 func decode(m *amqp.Message, data []byte) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("the decoder fails: %v", p)
 		}
 	}()
-	return m.UnmarshalBinary(data)
+	if err := m.UnmarshalBinary(data); err != nil {
+		return err
+	}
+	switch m.Value.(type) {
+	case nil, string, []byte:
+		return nil
+	}
+	return fmt.Errorf("its body is an AMQP value of type %T", m.Value)
 }
 
 func (r *Rabbit) Take(ctx context.Context, most int) []Event { return r.inbox.take(ctx, most) }
