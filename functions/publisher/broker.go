@@ -7,13 +7,15 @@ import (
 	"sync"
 
 	"github.com/cloudevents/sdk-go/v2/event"
+
+	"isobar.dev/internal/peer"
 )
 
 // Broker stores events durably. Its methods may be called at the same time.
 type Broker interface {
 	// Publish returns nil when the broker has confirmed that it has every one of the events, as durable as it is set
 	// up to be. Any error means that this is not certain of at least one of them; publishing the same events again is
-	// right then. While the broker is known to be away it fails at once. ctx must have a deadline, which is kept.
+	// right then. While the broker is known to be away it fails at once; the first connection after the start is waited for. ctx must have a deadline, which is kept.
 	Publish(ctx context.Context, events []event.Event) error
 	// Err tells why the broker is away, or nil. It does not wait.
 	Err() error
@@ -35,9 +37,10 @@ type every map[string]Broker
 
 var _ Broker = every{}
 
-// Publish publishes to all brokers at the same time and waits for each.
+// Publish publishes to all brokers at the same time and waits for each. It publishes to none while one is known to be
+// away.
 func (all every) Publish(ctx context.Context, events []event.Event) error {
-	if err := all.Err(); err != nil {
+	if err := all.Err(); err != nil && !errors.Is(err, peer.ErrConnecting) {
 		return err
 	}
 	errs := make(chan error, len(all))

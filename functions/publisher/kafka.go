@@ -25,12 +25,7 @@ var errKafkaAway = errors.New("Kafka is away")
 type kafkaTopic struct {
 	settings kafka.Settings
 	topic    string
-	stop     context.CancelFunc
-	stopped  chan struct{}
-
-	mu       sync.Mutex
-	producer *producer // nil while there is none
-	err      error     // why
+	link     *peer.Link[*producer]
 }
 
 var _ Broker = (*kafkaTopic)(nil)
@@ -59,12 +54,8 @@ func (s *sent) fail(err error) {
 }
 
 func newKafka(s kafka.Settings, topic string) *kafkaTopic {
-	ctx, stop := context.WithCancel(context.Background())
-	k := &kafkaTopic{settings: s, topic: topic, stop: stop, stopped: make(chan struct{}), err: errors.New("not connected yet")}
-	go func() {
-		defer close(k.stopped)
-		peer.Keep(ctx, "Kafka topic "+topic, k.use)
-	}()
+	k := &kafkaTopic{settings: s, topic: topic}
+	k.link = peer.NewLink("Kafka topic "+topic, k.use)
 	return k
 }
 
@@ -79,10 +70,8 @@ func (k *kafkaTopic) Publish(ctx context.Context, reports []event.Event) error {
 		record.Metadata = all
 		records[i] = record
 	}
-	k.mu.Lock()
-	p, err := k.producer, k.err
-	k.mu.Unlock()
-	if p == nil {
+	p, err := k.link.Get(ctx)
+	if err != nil {
 		return fmt.Errorf("%w: %w", errKafkaAway, err)
 	}
 	if err := p.send(ctx, all, records); err != nil {
@@ -130,16 +119,10 @@ func (p *producer) hand(ctx context.Context, all *sent, record *sarama.ProducerM
 }
 
 // Err returns nil while there is a producer, or why there is none.
-func (k *kafkaTopic) Err() error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.err
-}
+func (k *kafkaTopic) Err() error { return k.link.Err() }
 
-func (k *kafkaTopic) Close() {
-	k.stop()
-	<-k.stopped
-}
+// Close gives up the producer once its records under way have their answers.
+func (k *kafkaTopic) Close() { k.link.Close() }
 
 func (k *kafkaTopic) config() *sarama.Config {
 	c := k.settings.Config()
@@ -155,15 +138,7 @@ func (k *kafkaTopic) config() *sarama.Config {
 }
 
 // use makes a producer and keeps it until it fails or ctx ends.
-func (k *kafkaTopic) use(ctx context.Context, up func()) (err error) {
-	defer func() {
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		k.producer = nil
-		if k.err = err; err == nil {
-			k.err = context.Canceled
-		}
-	}()
+func (k *kafkaTopic) use(ctx context.Context, up func(*producer)) error {
 	client, err := sarama.NewClient(k.settings.Brokers, k.config())
 	if err != nil {
 		return fmt.Errorf("connect to Kafka: %w", err)
@@ -178,19 +153,13 @@ func (k *kafkaTopic) use(ctx context.Context, up func()) (err error) {
 	}
 	p := &producer{AsyncProducer: async, gone: make(chan struct{}), failed: make(chan error, 1)}
 	results := p.collect()
-	k.mu.Lock()
-	k.producer, k.err = p, nil
-	k.mu.Unlock()
-	up()
+	up(p)
 
 	select {
 	case <-ctx.Done():
 		err = ctx.Err()
 	case err = <-p.failed:
 	}
-	k.mu.Lock()
-	k.producer, k.err = nil, err
-	k.mu.Unlock()
 	close(p.gone)
 	p.sending.Lock() // no record is being handed over any more
 	p.AsyncClose()

@@ -105,12 +105,7 @@ type Sender struct {
 	settings Settings
 	queue    string
 	jobs     chan job
-	stop     context.CancelFunc
-	stopped  chan struct{}
-
-	mu   sync.Mutex
-	gone chan struct{} // closed when the connection that is now is gone
-	err  error         // why there is none; nil while there is one
+	link     *peer.Link[<-chan struct{}] // of a channel that is closed when the connection is gone
 }
 
 type job struct {
@@ -136,29 +131,18 @@ func (o *outcome) fail(err error) {
 
 // NewSender returns a Sender, which connects by itself and stays connected until Close.
 func NewSender(s Settings, queue string) *Sender {
-	ctx, stop := context.WithCancel(context.Background())
-	sender := &Sender{
-		settings: s,
-		queue:    queue,
-		jobs:     make(chan job),
-		stop:     stop,
-		stopped:  make(chan struct{}),
-		err:      errors.New("not connected yet"),
-	}
-	go func() {
-		defer close(sender.stopped)
-		peer.Keep(ctx, "RabbitMQ queue "+queue, sender.use)
-	}()
+	sender := &Sender{settings: s, queue: queue, jobs: make(chan job)}
+	sender.link = peer.NewLink("RabbitMQ queue "+queue, sender.use)
 	return sender
 }
 
 // Send returns nil when the broker has stored every message, and an error if that is not certain of one: ErrAway at
-// once while there is no connection, ErrNotStored when the broker has said so, or ctx's. ctx must have a deadline: it
+// once while there is no connection (but for the very first, which is waited for), ErrNotStored when the broker has said so, or ctx's. ctx must have a deadline: it
 // is what bounds the wait for the broker.
 func (s *Sender) Send(ctx context.Context, messages ...*amqp.Message) error {
-	gone, err := s.connection()
+	gone, err := s.link.Get(ctx)
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", ErrAway, err)
 	}
 	var all outcome
 	for _, m := range messages {
@@ -182,35 +166,13 @@ func (s *Sender) Send(ctx context.Context, messages ...*amqp.Message) error {
 }
 
 // Err returns nil while there is a connection, or why there is none.
-func (s *Sender) Err() error {
-	_, err := s.connection()
-	return err
-}
+func (s *Sender) Err() error { return s.link.Err() }
 
 // Close ends the connection and everything that is under way on it.
-func (s *Sender) Close() {
-	s.stop()
-	<-s.stopped
-}
-
-func (s *Sender) connection() (gone <-chan struct{}, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrAway, s.err)
-	}
-	return s.gone, nil
-}
+func (s *Sender) Close() { s.link.Close() }
 
 // use opens a connection and sends over it until it breaks or ctx ends.
-func (s *Sender) use(ctx context.Context, up func()) (err error) {
-	defer func() {
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		if s.err = err; err == nil {
-			s.err = context.Canceled
-		}
-	}()
+func (s *Sender) use(ctx context.Context, up func(<-chan struct{})) error {
 	conn, err := Dial(ctx, s.settings)
 	if err != nil {
 		return err
@@ -234,10 +196,7 @@ func (s *Sender) use(ctx context.Context, up func()) (err error) {
 			workers.Go(func() { s.work(link, settled, gone, broken) })
 		}
 	}
-	s.mu.Lock()
-	s.gone, s.err = gone, nil
-	s.mu.Unlock()
-	up()
+	up(gone)
 
 	select {
 	case <-ctx.Done():
