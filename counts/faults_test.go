@@ -88,6 +88,7 @@ func TestCountsEachReportOnceThoughTheStoreStandsStill(t *testing.T) {
 }
 
 func TestAnAttemptEndsThoughNobodyEndsIt(t *testing.T) {
+	t.Parallel()
 	if testing.Short() {
 		t.Skip("it waits for the longest time that an answer may take")
 	}
@@ -215,7 +216,9 @@ func TestGoesOnWhereAnotherServerTakesOverTheAddress(t *testing.T) {
 }
 
 func TestWhatIsCountedIsOnTheReplicasItMustBeOn(t *testing.T) {
+	t.Parallel()
 	both(t, func(t *testing.T, k kind) {
+		t.Parallel()
 		primary := k.server(t, quick)
 		c := look(t, primary.Addr())
 		settings := counts.Settings{Addr: primary.Addr(), MinReplicas: 1}
@@ -243,7 +246,9 @@ func TestWhatIsCountedIsOnTheReplicasItMustBeOn(t *testing.T) {
 }
 
 func TestCountsEachReportOnceThoughAReplicaTakesThePlaceOfTheKilledPrimary(t *testing.T) {
+	t.Parallel()
 	both(t, func(t *testing.T, k kind) {
+		t.Parallel()
 		primary := k.server(t, quick)
 		replica := k.replica(t, primary)
 		w := newWire(t, primary.Addr())
@@ -283,6 +288,7 @@ func TestCountsEachReportOnceThoughAReplicaTakesThePlaceOfTheKilledPrimary(t *te
 }
 
 func TestFollowsSentinelToAnotherPrimary(t *testing.T) {
+	t.Parallel()
 	both(t, func(t *testing.T, k kind) {
 		t.Parallel()
 		primary := k.server(t, quick)

@@ -15,8 +15,8 @@ import (
 // Store counts reports and remembers their ids in one step. Its methods may be called at the same time.
 type Store interface {
 	// Count returns nil once the store has counted every report whose event it has not seen before, by source and id,
-	// within its window, and remembers it. An event that stands twice among arrivals is one. All arrivals are counted
-	// or, as far as the store could tell, none.
+	// within its window, and remembers it: for the window at least and a quarter longer at most. An event that stands
+	// twice among arrivals is one. Up to 10,000 arrivals are counted together, all of them or none.
 	//
 	// An error is a *Failure. What it was about may have been counted all the same, if only the answer was lost. To
 	// count the same arrivals again is always safe.

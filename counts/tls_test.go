@@ -70,7 +70,9 @@ func write(t *testing.T, dir, name, kind string, der []byte) string {
 }
 
 func TestTLSAndACLUser(t *testing.T) {
+	t.Parallel()
 	both(t, func(t *testing.T, k kind) {
+		t.Parallel()
 		dir := t.TempDir()
 		ca, other := newAuthority(t, dir, "ours"), newAuthority(t, dir, "other")
 		user := `user writer on >secret ` + "+ping +evalsha +eval +wait +time +pexpiretime +pexpireat +smismember +sadd +hmget +hset " +
