@@ -15,7 +15,6 @@ import (
 
 	"isobar.dev/config/local"
 	"isobar.dev/events"
-	"isobar.dev/internal/rabbit"
 )
 
 const sunny = `{"description":"Test","country":"GT","weather":"Sunny"}`
@@ -84,10 +83,7 @@ func Test2AReportTravelsAsACloudEvent(t *testing.T) {
 	}
 	check("RabbitMQ", fromRabbitMQ)
 
-	sender, err := rabbitSession(t, s).NewSender(amqp.LinkTargetAddress(rabbit.Queue("message")))
-	if err != nil {
-		t.Fatal(err)
-	}
+	sender := queueSender(t, s)
 	for _, m := range taken { // taking them was accepting them
 		again := amqp.NewMessage(m.GetData())
 		again.Properties = &amqp.MessageProperties{ContentType: m.Properties.ContentType}
@@ -171,11 +167,7 @@ func Test5WhatCanNeverBeCountedIsKeptAndHoldsNothingUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer producer.Close()
-	session := rabbitSession(t, s)
-	sender, err := session.NewSender(amqp.LinkTargetAddress(rabbit.Queue("message")))
-	if err != nil {
-		t.Fatal(err)
-	}
+	sender := queueSender(t, s)
 	var batch []*sarama.ProducerMessage
 	for i := range 1001 {
 		body := good(i)

@@ -299,7 +299,7 @@ func ends(t *testing.T, client sarama.Client, topic string) map[int32]int64 {
 	return offsets
 }
 
-func rabbitSession(t *testing.T, s *local.System) *amqp.Session {
+func rabbitConn(t *testing.T, s *local.System) (*rabbit.Conn, *amqp.Session) {
 	t.Helper()
 	conn, err := rabbit.Dial(t.Context(), rabbit.Settings{
 		Addr: s.Addr("rabbitmq"), Username: local.RabbitUser, Password: local.RabbitPassword,
@@ -307,18 +307,31 @@ func rabbitSession(t *testing.T, s *local.System) *amqp.Session {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(conn.Close)
 	session, err := conn.NewSession()
 	if err != nil {
 		t.Fatal(err)
 	}
-	return session
+	return conn, session
+}
+
+// queueSender sends to the queue message.
+func queueSender(t *testing.T, s *local.System) *amqp.Sender {
+	t.Helper()
+	conn, session := rabbitConn(t, s)
+	t.Cleanup(conn.Close)
+	sender, err := session.NewSender(amqp.LinkTargetAddress(rabbit.Queue("message")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sender
 }
 
 // take takes messages from a queue until none has come for a moment.
 func take(t *testing.T, s *local.System, queue string, atLeast int) []*amqp.Message {
 	t.Helper()
-	receiver, err := rabbitSession(t, s).NewReceiver(amqp.LinkSourceAddress(rabbit.Queue(queue)), amqp.LinkCredit(100))
+	conn, session := rabbitConn(t, s)
+	defer conn.Close()
+	receiver, err := session.NewReceiver(amqp.LinkSourceAddress(rabbit.Queue(queue)), amqp.LinkCredit(100))
 	if err != nil {
 		t.Fatal(err)
 	}
