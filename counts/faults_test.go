@@ -78,7 +78,7 @@ func TestCountsEachReportOnceThoughTheStoreStandsStill(t *testing.T) {
 		start := time.Now()
 		err := store.Count(ctx, arrivals("still", 0, 100))
 		fails(t, err, false)
-		if took := time.Since(start); took > time.Second {
+		if took := time.Since(start); took > 3*time.Second {
 			t.Errorf("it took %v to say so", took)
 		}
 		must(t, p.Resume())
@@ -164,7 +164,7 @@ func TestAStoreThatIsAwayIsWaitedFor(t *testing.T) {
 		await(t, 10*time.Second, "it says that the store is away", status("does not count since"))
 		start := time.Now()
 		fails(t, store.Count(t.Context(), arrivals("a", 0, 10)), false, "refused")
-		if took := time.Since(start); took > time.Second {
+		if took := time.Since(start); took > 3*time.Second {
 			t.Errorf("it took %v to say that nobody is there", took)
 		}
 		must(t, p.Start(within(t, 30*time.Second)))
