@@ -135,12 +135,22 @@ func portHolder(port string) string {
 		fds, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 		for _, fd := range fds {
 			if to, err := os.Readlink(fd); err == nil && to == "socket:["+l.inode+"]" {
-				pid := strings.Split(fd, "/")[2]
-				line, _ := os.ReadFile("/proc/" + pid + "/cmdline")
-				words := strings.Join(strings.Split(strings.TrimRight(string(line), "\x00"), "\x00"), " ")
-				return fmt.Sprintf("process %s (%.80s)", pid, words)
+				return holder(strings.Split(fd, "/")[2])
 			}
 		}
 	}
 	return ""
+}
+
+// holder is how people know a process: by what it is in Isobar, if it is one of ours, else by its command line.
+func holder(pid string) string {
+	env, _ := os.ReadFile("/proc/" + pid + "/environ")
+	for v := range strings.SplitSeq(string(env), "\x00") {
+		if ours, ok := strings.CutPrefix(v, tag+"="); ok {
+			parts := strings.SplitN(ours, "-", 3) // as spawn makes it
+			return fmt.Sprintf("process %s (the %s of an Isobar that runs as process %s)", pid, parts[len(parts)-1], parts[0])
+		}
+	}
+	line, _ := os.ReadFile("/proc/" + pid + "/cmdline")
+	return fmt.Sprintf("process %s (%.80s)", pid, strings.TrimSpace(strings.ReplaceAll(string(line), "\x00", " ")))
 }

@@ -15,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -69,6 +70,7 @@ type System struct {
 	servers int        // how many of them are servers
 
 	progress io.Writer
+	lock     *os.File // held while it runs
 
 	mu           sync.Mutex
 	reviving     context.Context // ends when nothing shall be started again
@@ -237,6 +239,9 @@ func (s *System) Start(ctx context.Context, progress io.Writer) error {
 	if err := s.portsFree(); err != nil {
 		return err
 	}
+	if err := s.takeDir(); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	s.reviving, s.stopReviving = context.WithCancel(context.Background())
 	s.mu.Unlock()
@@ -308,6 +313,30 @@ func together(ctx context.Context, n int, do func(ctx context.Context, i int) er
 	wg.Wait()
 	close(errs)
 	return <-errs
+}
+
+// takeDir keeps two systems from having the same data at once. The lock is the kernel's: it ends with this process.
+func (s *System) takeDir() error {
+	if err := os.MkdirAll(s.dir, 0o755); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(filepath.Join(s.dir, "lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		return err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		_ = f.Close()
+		return fmt.Errorf("%s is in use by another Isobar that runs", s.dir)
+	}
+	s.lock = f
+	return nil
+}
+
+func (s *System) leaveDir() {
+	if s.lock != nil {
+		_ = s.lock.Close()
+		s.lock = nil
+	}
 }
 
 // portsFree names every port that is taken.
@@ -400,6 +429,7 @@ func (s *System) revive(p *Process, how string) {
 // seconds to end by itself; when ctx ends, the rest is killed. Stopping what does not run is no error.
 func (s *System) Stop(ctx context.Context) error {
 	s.noMoreRevivals()
+	defer s.leaveDir()
 	stop := func(p *Process) error {
 		ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 		defer cancel()
@@ -427,6 +457,7 @@ func (s *System) Stop(ctx context.Context) error {
 // Kill ends everything at once with SIGKILL and returns when nothing is left.
 func (s *System) Kill() error {
 	s.noMoreRevivals()
+	defer s.leaveDir()
 	var errs []error
 	for _, p := range slices.Backward(s.all) {
 		errs = append(errs, p.Kill())

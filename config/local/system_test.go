@@ -175,6 +175,28 @@ func TestSystem(t *testing.T) {
 			t.Errorf("error %v after %q", err, progress)
 		}
 	})
+	t.Run("another system in the same directory stops it before anything is started", func(t *testing.T) {
+		first := newSystem(t, Options{Servers: elsewhere()})
+		if err := first.Start(t.Context(), t.Output()); err != nil {
+			t.Fatal(err)
+		}
+		second, err := NewSystem(first.dir, Options{Servers: elsewhere(), Bin: first.options.Bin})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := second.Start(t.Context(), t.Output()); err == nil || !strings.Contains(err.Error(), "in use") {
+			t.Errorf("error %v", err)
+		}
+		if err := first.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := second.Start(t.Context(), t.Output()); err != nil {
+			t.Error(err)
+		}
+		if err := second.Kill(); err != nil {
+			t.Error(err)
+		}
+	})
 	t.Run("a program that can't start stops it, and nothing is left", func(t *testing.T) {
 		s := newSystem(t, Options{Servers: elsewhere(), Env: map[string][]string{Publisher: {"FAKE=dies"}}, Restart: true})
 		err := s.Start(t.Context(), t.Output())

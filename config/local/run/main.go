@@ -24,7 +24,7 @@ func main() {
 	flag.Parse()
 
 	ctx, told := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	err := error(nil)
+	var err error
 	if *install {
 		err = local.Install(ctx, os.Stdout)
 	} else {
