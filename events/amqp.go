@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/hex"
 	"fmt"
+	"strings"
 
 	amqp "github.com/Azure/go-amqp"
 	ceamqp "github.com/cloudevents/sdk-go/protocol/amqp/v2"
@@ -35,6 +36,7 @@ func ReadMessage(m *amqp.Message, source string) event.Event {
 		}
 	case binding.EncodingBinary:
 		if e, err := binding.ToEvent(context.Background(), message); err == nil && e.Validate() == nil {
+			e.DataEncoded = body(m) // the SDK reads the first data section only
 			return *e
 		}
 	}
@@ -46,7 +48,7 @@ func messageID(m *amqp.Message) string {
 		switch id := m.Properties.MessageID.(type) {
 		case nil:
 		case string:
-			if id != "" {
+			if strings.TrimSpace(id) != "" {
 				return id
 			}
 		case []byte:

@@ -62,12 +62,13 @@ func New(r Report, id string, at time.Time) event.Event {
 
 // The rules of an event, as a sender is told them.
 const (
-	ruleID       = "must be a string of 1 to 256 bytes"
+	ruleID       = "must be a string of 1 to 256 bytes without white space at its ends"
 	ruleSource   = "must be a URI reference of 1 to 512 bytes"
 	ruleType     = `must be "` + Type + `"`
 	ruleSubject  = "must be the report's country, or absent"
 	ruleDataType = "must be application/json, or absent"
 	ruleData     = "is missing: it must be a report like " + `{"description":"Test","country":"GT","weather":"Sunny"}`
+	ruleYear     = "must be in the years 0000 to 9999 in UTC"
 	ruleEvent    = "the event must have at most 65536 bytes"
 )
 
@@ -82,11 +83,23 @@ func Normalize(e *event.Event, now time.Time) error {
 	if err := checkIdentity(ctx.Source.String(), ctx.ID); err != nil {
 		return err
 	}
+	if ctx.ID != strings.TrimSpace(ctx.ID) { // the SDK takes it away, and it would be another id on the way over Kafka
+		return violation("id", quote(ctx.ID), ruleID)
+	}
 	if ctx.Type != Type {
 		return violation("type", quote(ctx.Type), ruleType)
 	}
 	if ctx.DataContentType != nil && !isJSON(*ctx.DataContentType) {
 		return violation("datacontenttype", quote(*ctx.DataContentType), ruleDataType)
+	}
+	if ctx.Time != nil {
+		// As text, which is what travels, another year is no timestamp.
+		if year := ctx.Time.UTC().Year(); year < 0 || year > 9999 {
+			return violation("time", quote(ctx.Time.Format(time.RFC3339)), ruleYear)
+		}
+	}
+	if _, has := ctx.Extensions["data"]; has { // the SDK lets it be set, though JSON has no place for it
+		return violation("data", nil, ruleName)
 	}
 	if size(e, ctx) > MaxEvent {
 		return violation("", nil, ruleEvent)
@@ -143,16 +156,21 @@ func size(e *event.Event, ctx *event.EventContextV1) int {
 	return n
 }
 
+// isJSON reports whether data of the content type is JSON in UTF-8.
 func isJSON(contentType string) bool {
 	if contentType == jsonMediaType {
 		return true
 	}
 	mediaType, parameters, err := mime.ParseMediaType(contentType)
-	if err != nil || mediaType != jsonMediaType && mediaType != "text/json" && !strings.HasSuffix(mediaType, "+json") {
+	if err != nil || !jsonMedia(mediaType) {
 		return false
 	}
 	charset, given := parameters["charset"]
 	return !given || strings.EqualFold(charset, "utf-8")
+}
+
+func jsonMedia(mediaType string) bool {
+	return mediaType == jsonMediaType || mediaType == "text/json" || strings.HasSuffix(mediaType, "+json")
 }
 
 // Trace adds the trace context of a request to an event that has none of its own.
@@ -166,9 +184,20 @@ func Trace(e *event.Event, traceparent, tracestate string) {
 		return
 	}
 	e.SetExtension(TraceParent, traceparent)
-	if tracestate != "" && len(tracestate) <= 512 {
+	if tracestate != "" && len(tracestate) <= 512 && printable(tracestate) {
 		e.SetExtension(TraceState, tracestate)
 	}
+}
+
+// printable reports whether s is printable ASCII, as a tracestate must be: other bytes may be no UTF-8, which gRPC refuses
+// for the whole call.
+func printable(s string) bool {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
 }
 
 // validTraceParent is for version 00 of the W3C's Trace Context: 00-<32 hex>-<16 hex>-<2 hex>, the ids not all zero.

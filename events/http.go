@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/cloudevents/sdk-go/v2/event"
 	"github.com/google/uuid"
@@ -65,6 +66,9 @@ func requestMode(h http.Header) (mode, error) {
 		}
 		return binary, nil
 	}
+	if h.Get("Ce-Id") != "" { // taken as plain, it would be counted under an id that its sender doesn't know
+		return 0, &Malformed{"CloudEvent", `there is a ce-id but no ce-specversion: it must be "1.0"`}
+	}
 	if contentType == jsonMediaType {
 		return plain, nil
 	}
@@ -95,7 +99,7 @@ func ReadRequest(r *http.Request, body []byte, now time.Time) ([]event.Event, er
 		return nil, err
 	}
 	if traceparent := r.Header.Get("Traceparent"); traceparent != "" {
-		tracestate := r.Header.Get("Tracestate")
+		tracestate := strings.Join(r.Header.Values("Tracestate"), ",")
 		for i := range events {
 			Trace(&events[i], traceparent, tracestate)
 		}
@@ -217,7 +221,7 @@ func idempotencyKey(h http.Header) (string, error) {
 	if len(values) == 0 {
 		return "", nil
 	}
-	const rule = `must be one string of 1 to 252 printable ASCII characters, like "8e03978e-40d5"`
+	const rule = `must be one string of 1 to 252 printable ASCII characters without spaces at its ends, like "8e03978e-40d5"`
 	key := strings.Trim(values[0], " \t")
 	bad := violation("Idempotency-Key", quote(key), rule)
 	if len(values) > 1 {
@@ -242,13 +246,8 @@ func idempotencyKey(h http.Header) (string, error) {
 		}
 		key = b.String()
 	}
-	if key == "" || len(key) > maxKey {
+	if key == "" || strings.TrimSpace(key) != key || len(key) > maxKey || !printable(key) {
 		return "", bad
-	}
-	for i := range len(key) {
-		if key[i] < ' ' || key[i] > '~' {
-			return "", bad
-		}
 	}
 	return key, nil
 }
@@ -264,7 +263,11 @@ func readBinary(h http.Header, body []byte) (event.Event, error) {
 		if len(values) > 1 {
 			return event.Event{}, violation("ce-"+attribute, nil, "must stand once")
 		}
-		value := appendString(nil, unescape(values[0]))
+		text := unescape(values[0])
+		value := appendString(nil, text)
+		if !utf8.ValidString(text) { // with its bytes replaced, one id may become another
+			return event.Event{}, violation("ce-"+attribute, value, "must be UTF-8")
+		}
 		switch slot := v.slot([]byte(`"` + attribute + `"`)); {
 		case attribute == "data" || attribute == "data_base64" || attribute == "datacontenttype":
 			return event.Event{}, violation("ce-"+attribute, value, "is no attribute of binary mode: the body is the data and content-type its type")

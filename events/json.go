@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cloudevents/sdk-go/v2/event"
@@ -156,9 +157,16 @@ func (v *envelope) identity() (source, id, typ string, err error) {
 	return source, id, typ, nil
 }
 
-// payload returns the data's bytes, which may share memory with the input; nil where there is none.
+// payload returns the data's bytes, which may share memory with the input; nil where there is none. Data that is said to
+// be no JSON is what its string says.
 func (v *envelope) payload() ([]byte, error) {
 	if v.dataBase64 == nil {
+		if v.data != nil && v.data[0] == '"' && v.dataContentType != nil && v.dataContentType[0] == '"' {
+			mediaType, _, _ := strings.Cut(unquote(v.dataContentType), ";")
+			if mediaType = strings.ToLower(strings.TrimSpace(mediaType)); mediaType != "" && !jsonMedia(mediaType) {
+				return []byte(unquote(v.data)), nil
+			}
+		}
 		return v.data, nil
 	}
 	if v.data != nil {
