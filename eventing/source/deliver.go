@@ -52,7 +52,7 @@ func Deliver(ctx context.Context, src Source, sink *Sink, most int) {
 	defer unhurried()
 
 	d := &delivery{src: src, sink: sink, ending: ending}
-	d.sinkTrouble.what, d.deadTrouble.what = "sink "+sink.url, "dead letters"
+	d.sinkTrouble.what, d.deadTrouble.what = "sink "+sink.name, "dead letters"
 	var workers sync.WaitGroup
 	for range posts {
 		workers.Go(func() {
@@ -147,7 +147,6 @@ func (d *delivery) post(ctx context.Context, batch []Event) *answer {
 		}
 		d.sinkTrouble.begins(&wait, err)
 		if !wait.pause(ctx, after) {
-			d.sinkTrouble.over(&wait)
 			return nil
 		}
 	}
@@ -171,7 +170,6 @@ func (d *delivery) bury(ctx context.Context, dead []letter) {
 		}
 		d.deadTrouble.begins(&wait, err)
 		if !wait.pause(ctx, 0) {
-			d.deadTrouble.over(&wait)
 			return
 		}
 	}
@@ -182,7 +180,7 @@ func (d *delivery) bury(ctx context.Context, dead []letter) {
 // mark adds the reason to an event.
 func (d *delivery) mark(l letter) event.Event {
 	e := events.Recover(l.JSON)
-	e.SetExtension(errorDest, d.sink.url)
+	e.SetExtension(errorDest, d.sink.name)
 	e.SetExtension(errorCode, strconv.Itoa(l.answer.status))
 	e.SetExtension(errorData, l.answer.reason)
 	return e

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -79,6 +80,7 @@ func (k *Kafka) config() *sarama.Config {
 	return c
 }
 
+// Run is that of [Source].
 func (k *Kafka) Run(ctx context.Context) {
 	rabbit.Keep(ctx, "Kafka topic "+k.settings.Topic, func(ctx context.Context, up func()) error {
 		err := k.use(ctx, up)
@@ -92,12 +94,12 @@ func (k *Kafka) use(ctx context.Context, up func()) error {
 	if err != nil {
 		return fmt.Errorf("connect to Kafka at %v: %w", k.settings.Brokers, err)
 	}
-	defer client.Close()
+	defer dismiss(client)
 	group, err := sarama.NewConsumerGroupFromClient(k.settings.GroupID, client)
 	if err != nil {
 		return fmt.Errorf("join consumer group %q: %w", k.settings.GroupID, err)
 	}
-	defer group.Close()
+	defer dismiss(group)
 	for ctx.Err() == nil {
 		began := time.Now()
 		session, cancel := context.WithCancel(ctx)
@@ -113,10 +115,16 @@ func (k *Kafka) use(ctx context.Context, up func()) error {
 	return ctx.Err()
 }
 
+// dismiss closes what is of no more use: that it can't say goodbye to a broker that is away is no news.
+func dismiss(c io.Closer) { _ = c.Close() }
+
+// Take is that of [Source].
 func (k *Kafka) Take(ctx context.Context, most int) []Event { return k.inbox.take(ctx, most) }
 
+// Settle is that of [Source].
 func (k *Kafka) Settle(done []Event) { settle(done) }
 
+// Bury is that of [Source].
 func (k *Kafka) Bury(_ context.Context, dead []event.Event) error {
 	records := make([]*sarama.ProducerMessage, len(dead))
 	for i := range dead {
@@ -144,20 +152,22 @@ func (k *Kafka) Bury(_ context.Context, dead []event.Event) error {
 		k.dead = producer
 	}
 	if err := k.dead.SendMessages(records); err != nil {
-		k.dead.Close() // the next attempt begins anew
+		dismiss(k.dead) // the next attempt begins anew
 		k.dead = nil
 		return fmt.Errorf("publish to topic %q: %w", k.settings.DeadTopic, err)
 	}
 	return nil
 }
 
+// State is that of [Source].
 func (k *Kafka) State() string { return k.state.Load().(string) }
 
+// Close is that of [Source].
 func (k *Kafka) Close() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead != nil {
-		k.dead.Close()
+		dismiss(k.dead)
 	}
 }
 

@@ -46,6 +46,7 @@ func NewRabbit(s RabbitSettings) *Rabbit {
 	return r
 }
 
+// Run is that of [Source].
 func (r *Rabbit) Run(ctx context.Context) {
 	rabbit.Keep(ctx, "RabbitMQ queue "+r.settings.Queue, func(ctx context.Context, up func()) error {
 		err := r.use(ctx, up)
@@ -136,10 +137,13 @@ func decode(m *amqp.Message, data []byte) (err error) {
 	return fmt.Errorf("its body is an AMQP value of type %T", m.Value)
 }
 
+// Take is that of [Source].
 func (r *Rabbit) Take(ctx context.Context, most int) []Event { return r.inbox.take(ctx, most) }
 
+// Settle is that of [Source].
 func (r *Rabbit) Settle(done []Event) { settle(done) }
 
+// Bury is that of [Source].
 func (r *Rabbit) Bury(ctx context.Context, dead []event.Event) error {
 	r.mu.Lock()
 	if r.dead == nil {
@@ -154,8 +158,10 @@ func (r *Rabbit) Bury(ctx context.Context, dead []event.Event) error {
 	return sender.Send(ctx, messages...)
 }
 
+// State is that of [Source].
 func (r *Rabbit) State() string { return r.state.Load().(string) }
 
+// Close is that of [Source].
 func (r *Rabbit) Close() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -48,6 +48,7 @@ const (
 // Sink is where events go: an HTTP address that takes CloudEvents.
 type Sink struct {
 	url        string
+	name       string // the URL without a password
 	extensions map[string]string
 	client     *http.Client
 }
@@ -58,7 +59,7 @@ func NewSink(s SinkSettings) (*Sink, error) {
 	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
 		return nil, fmt.Errorf("K_SINK must be an http or https URL, not %q", s.Sink)
 	}
-	sink := &Sink{url: s.Sink}
+	sink := &Sink{url: s.Sink, name: u.Redacted()}
 	if s.Overrides != "" {
 		var overrides struct {
 			Extensions map[string]string `json:"extensions"`

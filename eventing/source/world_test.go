@@ -115,7 +115,7 @@ func startKafka(t testing.TB) *world {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer producer.Close()
+		defer dismiss(producer)
 		if err := producer.SendMessages(records); err != nil {
 			t.Fatal(err)
 		}
@@ -146,7 +146,7 @@ func startKafka(t testing.TB) *world {
 			t.Error(err)
 			return
 		}
-		defer consumer.Close()
+		defer dismiss(consumer)
 		partitions, err := consumer.Partitions(name + ".dead")
 		if err != nil {
 			t.Error(err)
@@ -161,7 +161,7 @@ func startKafka(t testing.TB) *world {
 				return
 			}
 			reading.Go(func() {
-				defer p.Close()
+				defer dismiss(p)
 				for {
 					select {
 					case record := <-p.Messages():
@@ -185,7 +185,7 @@ func (w *world) awaitLeaders(t testing.TB, settings kafka.Settings, topic string
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer client.Close()
+	defer dismiss(client)
 	for p := range int32(partitions) {
 		for range 200 {
 			if _, err = client.GetOffset(topic, p, sarama.OffsetNewest); err == nil {
