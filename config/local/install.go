@@ -294,6 +294,7 @@ func fetchKafka(ctx context.Context, in *installation, title, dir string) error 
 		return err
 	}
 	if err := in.run(ctx, "fetching "+title, "mvn", "--batch-mode", "--no-transfer-progress", "--file", pom,
+		"--update-snapshots", // else Maven remembers for a day that the network was away
 		"dependency:copy-dependencies", "-DincludeScope=runtime", "-DoutputDirectory="+filepath.Join(dir, "lib")); err != nil {
 		return err
 	}
