@@ -143,8 +143,11 @@ func publishForged(t *testing.T, w *world, queue string, m *amqp.Message) {
 func FuzzReadMessage(f *testing.F) {
 	for _, m := range []*amqp.Message{
 		structuredMessage(`{"specversion":"1.0","id":"m-1","source":"/s","type":"t","data":1}`),
-		structuredMessage(`{`), binaryMessage(), {Value: map[string]any{"a": "b"}}, {Value: "text"},
-		{Data: [][]byte{{1}, {2}}}, {Properties: &amqp.MessageProperties{MessageID: uint64(7)}},
+		structuredMessage(`{`), binaryMessage(),
+		{Value: map[string]any{"a": "b"}},
+		{Value: "text"},
+		{Data: [][]byte{{1}, {2}}},
+		{Properties: &amqp.MessageProperties{MessageID: uint64(7)}},
 	} {
 		data, err := m.MarshalBinary()
 		if err != nil {
