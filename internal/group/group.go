@@ -5,6 +5,7 @@ package group
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 )
@@ -26,7 +27,7 @@ type Options[T any] struct {
 	Size  func(T) int
 	// InFlight is the most batches under way at once.
 	InFlight int
-	// Waiting is the most items that wait for a batch.
+	// Waiting is the most items that wait for a batch, but for a single call that brings more when none waits.
 	Waiting int
 	// Timeout bounds one Commit.
 	Timeout time.Duration
@@ -104,7 +105,7 @@ func (c *Committer[T]) withdraw(mine *call[T]) {
 	defer c.mu.Unlock()
 	for i, other := range c.queue {
 		if other == mine {
-			c.queue = append(c.queue[:i], c.queue[i+1:]...)
+			c.queue = slices.Delete(c.queue, i, i+1)
 			c.waiting -= len(mine.items)
 			return
 		}
@@ -174,8 +175,8 @@ func (c *Committer[T]) take() []*call[T] {
 		size += len(next.items)
 		bytes += next.bytes
 	}
-	calls := append([]*call[T](nil), c.queue[:n]...)
-	c.queue = append(c.queue[:0], c.queue[n:]...)
+	calls := slices.Clone(c.queue[:n])
+	c.queue = slices.Delete(c.queue, 0, n) // which forgets them
 	c.waiting -= size
 	return calls
 }
