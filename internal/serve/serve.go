@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"reflect"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -66,16 +67,35 @@ func Main[S any](name string, build func(context.Context, S) (*Program, error)) 
 }
 
 func run[S any](name string, build func(context.Context, S) (*Program, error)) error {
-	ctx := signals.NewContext()
 	settings, err := env.ParseAs[S]()
 	if err != nil {
+		if wrong, ok := errors.AsType[env.ParseError](err); ok {
+			err = fmt.Errorf("%s: %w", variable(reflect.TypeFor[S](), wrong.Name), wrong.Err)
+		}
 		return fmt.Errorf("settings of %s: %w", name, err)
 	}
+	ctx := signals.NewContext()
 	program, err := build(ctx, settings)
 	if err != nil {
 		return err
 	}
 	return program.Run(ctx)
+}
+
+// variable is the environment variable of a field of the settings; env's errors name the field only.
+func variable(settings reflect.Type, name string) string {
+	for _, field := range reflect.VisibleFields(settings) {
+		if field.Name == name {
+			tag, _, _ := strings.Cut(field.Tag.Get("env"), ",")
+			return tag
+		}
+		if field.Type.Kind() == reflect.Struct {
+			if inner := variable(field.Type, name); inner != "" {
+				return inner
+			}
+		}
+	}
+	return ""
 }
 
 // logger writes JSON in a cluster and readable text elsewhere.
