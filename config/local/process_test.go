@@ -186,7 +186,7 @@ func TestProcess(t *testing.T) {
 		must(t, p.Stop(t.Context()))
 	})
 	t.Run("one that is paused does nothing until it is resumed", func(t *testing.T) {
-		p := shell(t, "trap 'echo heard' USR1; echo ready; while :; do sleep 0.01; done", "")
+		p := shell(t, "trap 'echo heard' USR1; echo ready; while :; do :; done", "")
 		must(t, p.Start(t.Context()))
 		must(t, p.Pause())
 		await(t, "it is stopped", func() bool { return state(p.Pid()) == "T" })

@@ -5,7 +5,6 @@ import (
 	"context"
 	_ "embed"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -122,16 +121,30 @@ func (s *settings) writeRabbit(port int) error {
 }
 
 // queuesOnDisk tells whether the names of the queues' logs are on disk. RabbitMQ writes them up to a second late: when it is
-// killed before that, it does not find a queue's log again, and the queue never has a leader.
+// killed before that, it does not find a queue's log again, and the queue has lost what it confirmed and never has a
+// leader.
 func (s *settings) queuesOnDisk() error {
+	var defined struct{ Queues []struct{ Name string } }
+	if err := json.Unmarshal(definitions.Definitions, &defined); err != nil {
+		return err
+	}
+	var names []byte
 	files, _ := filepath.Glob(filepath.Join(s.dir, "data", "*", "quorum", "*", "names.dets"))
 	for _, file := range files {
-		names, err := os.ReadFile(file)
-		if err == nil && bytes.Contains(names, []byte("%2F_message.dead")) {
-			return nil
+		b, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		names = append(names, b...)
+	}
+	for _, q := range defined.Queues {
+		name := "%2F_" + q.Name
+		atom := append([]byte{'w', byte(len(name))}, name...) // as Erlang writes a term
+		if !bytes.Contains(names, atom) {
+			return fmt.Errorf("the name of queue %q is not on disk yet", q.Name)
 		}
 	}
-	return errors.New("the names of its queues are not on disk yet")
+	return nil
 }
 
 func rabbitReady(ctx context.Context, addr string) error {
