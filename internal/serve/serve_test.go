@@ -44,8 +44,9 @@ type testSettings struct {
 
 func program() (*Program, error) {
 	return &Program{Listeners: []Listener{{Addr: os.Getenv("SERVE_TEST"), HTTP: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		time.Sleep(300 * time.Millisecond) // longer than the quiet period
-		_, _ = io.Copy(w, r.Body)
+		body, _ := io.ReadAll(r.Body)
+		time.Sleep(2 * quiet)
+		_, _ = w.Write(body)
 	})}}}, nil
 }
 
@@ -250,21 +251,28 @@ func TestDrain(t *testing.T) {
 	}
 }
 
+// beginBody sends the head of a request, and returns once its handler waits for the body.
+func beginBody(t *testing.T, addr string, length int) net.Conn {
+	t.Helper()
+	conn, err := net.Dial("tcp", addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\nExpect: 100-continue\r\n\r\n", length)
+	head := make([]byte, len("HTTP/1.1 100"))
+	if _, err := io.ReadFull(conn, head); err != nil || string(head) != "HTTP/1.1 100" {
+		t.Fatal(err, string(head))
+	}
+	return conn
+}
+
 // TestDrainWaitsForASlowBody: a request whose body is still on its way was begun, too.
 func TestDrainWaitsForASlowBody(t *testing.T) {
 	s, l := new(slowly), Listener{Addr: free(t)}
 	l.HTTP = s
 	r := start(t, &Program{Listeners: []Listener{l}})
-	conn, err := net.Dial("tcp", l.Addr)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	fmt.Fprintf(conn, "POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n")
-	head := make([]byte, len("HTTP/1.1 100"))
-	if _, err := io.ReadFull(conn, head); err != nil || string(head) != "HTTP/1.1 100" {
-		t.Fatal(err, string(head)) // the handler reads
-	}
+	conn := beginBody(t, l.Addr, 4)
 	r.stop()
 	time.Sleep(2 * quiet)
 	fmt.Fprint(conn, "abcd")
@@ -471,19 +479,7 @@ func TestMainProgram(t *testing.T) {
 		c := launch("SERVE_NEEDED=x")
 		await(t, addr)
 		t.Logf("started in %v", time.Since(begin).Round(time.Millisecond))
-		answered := make(chan string, 1)
-		pipe, body := io.Pipe()
-		go func() {
-			response, err := http.Post("http://"+addr, "text/plain", pipe)
-			if err != nil {
-				answered <- err.Error()
-				return
-			}
-			defer response.Body.Close()
-			text, _ := io.ReadAll(response.Body)
-			answered <- string(text)
-		}()
-		fmt.Fprint(body, "hel") // is read by the time that this returns
+		conn := beginBody(t, addr, 5)
 		if err := c.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
@@ -495,10 +491,9 @@ func TestMainProgram(t *testing.T) {
 			conn.Close()
 			time.Sleep(time.Millisecond)
 		}
-		fmt.Fprint(body, "lo")
-		body.Close()
-		if got := <-answered; got != "hello" {
-			t.Errorf("answered %q", got)
+		fmt.Fprint(conn, "hello")
+		if answer, _ := io.ReadAll(conn); !strings.HasSuffix(string(answer), "hello") {
+			t.Errorf("answered %q", answer)
 		}
 		if err := c.Wait(); err != nil || !strings.Contains(log.String(), "draining") {
 			t.Errorf("ended with %v\n%s", err, &log)
