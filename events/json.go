@@ -340,11 +340,14 @@ func ParseBatch(data []byte) ([]event.Event, error) {
 
 // AppendJSON appends a CloudEvent 1.0 in JSON. Data that is JSON stands as it is, anything else in base64.
 func AppendJSON(b []byte, e *event.Event) []byte {
-	ctx := e.Context.AsV1()
+	ctx, ok := e.Context.(*event.EventContextV1)
+	if !ok {
+		ctx = e.Context.AsV1()
+	}
 	b = append(b, `{"specversion":"1.0","id":`...)
 	b = appendString(b, ctx.ID)
 	b = append(b, `,"source":`...)
-	b = appendString(b, ctx.Source.String())
+	b = appendString(b, sourceOf(ctx))
 	b = append(b, `,"type":`...)
 	b = appendString(b, ctx.Type)
 	if ctx.Subject != nil {

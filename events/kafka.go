@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/IBM/sarama"
 	kafka "github.com/cloudevents/sdk-go/protocol/kafka_sarama/v2"
@@ -13,15 +14,57 @@ import (
 	"github.com/cloudevents/sdk-go/v2/types"
 )
 
-// WriteRecord makes the Kafka record of an event: CloudEvents' binary mode, with the event's id as key.
+// WriteRecord makes the Kafka record of an event: CloudEvents' binary mode, with the event's id as key. What every
+// report has is written directly, to the record that the SDK writes; an event with anything else is left to the SDK.
 func WriteRecord(e *event.Event, topic string) (*sarama.ProducerMessage, error) {
-	record := &sarama.ProducerMessage{Topic: topic}
+	record := &sarama.ProducerMessage{Topic: topic, Key: sarama.StringEncoder(e.ID())}
+	if writeBinary(e, record) {
+		return record, nil
+	}
 	ctx := kafka.WithSkipKeyMapping(context.Background())
 	if err := kafka.WriteProducerMessage(ctx, (*binding.EventMessage)(e), record); err != nil {
 		return nil, fmt.Errorf("write event %q as a Kafka record: %w", e.ID(), err)
 	}
-	record.Key = sarama.StringEncoder(e.ID())
 	return record, nil
+}
+
+// The headers of binary mode, shared by all records: nobody writes to them.
+var (
+	headerSpecVersion = sarama.RecordHeader{Key: []byte("ce_specversion"), Value: []byte("1.0")}
+	headerType        = sarama.RecordHeader{Key: []byte("ce_type"), Value: []byte(Type)}
+	headerSource      = sarama.RecordHeader{Key: []byte("ce_source"), Value: []byte(DefaultSource)}
+	headerJSON        = sarama.RecordHeader{Key: []byte("content-type"), Value: []byte(jsonMediaType)}
+	keyID             = []byte("ce_id")
+	keySource         = []byte("ce_source")
+	keySubject        = []byte("ce_subject")
+	keyTime           = []byte("ce_time")
+)
+
+func writeBinary(e *event.Event, record *sarama.ProducerMessage) bool {
+	ctx, ok := e.Context.(*event.EventContextV1)
+	if !ok || ctx.Type != Type || ctx.DataContentType == nil || *ctx.DataContentType != jsonMediaType ||
+		ctx.Subject == nil || ctx.Time == nil || ctx.DataSchema != nil {
+		return false
+	}
+	headers := make([]sarama.RecordHeader, 0, 7+len(ctx.Extensions))
+	source := headerSource
+	if ctx.Source != defaultSource {
+		source = sarama.RecordHeader{Key: keySource, Value: []byte(ctx.Source.String())}
+	}
+	headers = append(headers, headerSpecVersion, headerType, source, headerJSON,
+		sarama.RecordHeader{Key: keyID, Value: []byte(ctx.ID)},
+		sarama.RecordHeader{Key: keySubject, Value: []byte(*ctx.Subject)},
+		sarama.RecordHeader{Key: keyTime, Value: ctx.Time.UTC().AppendFormat(make([]byte, 0, len(time.RFC3339Nano)), time.RFC3339Nano)},
+	)
+	for name, value := range ctx.Extensions {
+		text, ok := value.(string)
+		if !ok {
+			return false
+		}
+		headers = append(headers, sarama.RecordHeader{Key: []byte("ce_" + name), Value: []byte(text)})
+	}
+	record.Headers, record.Value = headers, sarama.ByteEncoder(e.DataEncoded)
+	return true
 }
 
 // ReadRecord reads the event of a Kafka record in binary or structured mode. A record that is no valid CloudEvent

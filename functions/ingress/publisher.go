@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"time"
 
-	pbformat "github.com/cloudevents/sdk-go/binding/format/protobuf/v2"
 	"github.com/cloudevents/sdk-go/binding/format/protobuf/v2/pb"
 	"github.com/cloudevents/sdk-go/v2/event"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -18,6 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
+	"isobar.dev/events"
 	"isobar.dev/events/api"
 	"isobar.dev/internal/group"
 	publisherv1 "isobar.dev/proto/isobar/publisher/v1"
@@ -78,7 +78,7 @@ func newPublisher(addr string, groupSize int) (*publisher, error) {
 func (p *publisher) publish(ctx context.Context, reports []event.Event) error {
 	messages := make([]*pb.CloudEvent, len(reports))
 	for i := range reports {
-		message, err := pbformat.ToProto(&reports[i])
+		message, err := events.ToProto(&reports[i])
 		if err != nil {
 			return fmt.Errorf("write event %q as protobuf: %w", reports[i].ID(), err)
 		}

@@ -7,7 +7,6 @@ import (
 	"sync/atomic"
 	"time"
 
-	pbformat "github.com/cloudevents/sdk-go/binding/format/protobuf/v2"
 	"github.com/cloudevents/sdk-go/v2/event"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
@@ -73,21 +72,18 @@ func read(request *publisherv1.PublishRequest) ([]event.Event, error) {
 	reports := make([]event.Event, len(request.Events))
 	now := time.Now()
 	for i, message := range request.Events {
-		field := fmt.Sprintf("events[%d]", i)
-		e, err := pbformat.FromProto(message)
+		e, err := events.FromProto(message)
+		if err == nil {
+			err = events.Normalize(&e, now)
+		}
 		if err != nil {
-			return nil, invalid(field, err.Error())
-		}
-		if err := e.Validate(); err != nil {
-			return nil, invalid(field, err.Error())
-		}
-		if err := events.Normalize(e, now); err != nil {
+			field := fmt.Sprintf("events[%d]", i)
 			if broken, ok := errors.AsType[*events.Violation](err); ok && broken.Field != "" {
 				field += "." + broken.Field
 			}
 			return nil, invalid(field, err.Error())
 		}
-		reports[i] = *e
+		reports[i] = e
 	}
 	return reports, nil
 }

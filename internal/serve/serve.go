@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"reflect"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -33,6 +34,11 @@ const (
 	quiet = 250 * time.Millisecond
 	// patience bounds the draining. Knative and Kubernetes send SIGKILL after 30 s by default.
 	patience = 20 * time.Second
+
+	// What lives in one of the programs is small and soon garbage: collecting it less often, as long as there is memory,
+	// saves a third of their CPU. GOGC and GOMEMLIMIT say otherwise.
+	garbage = 400
+	memory  = 40 << 20
 )
 
 // Program is what a main hands over.
@@ -60,6 +66,10 @@ type Listener struct {
 // been told to stop by SIGTERM or SIGINT and has drained, or has failed; then it ends the process.
 func Main[S any](name string, build func(context.Context, S) (*Program, error)) {
 	slog.SetDefault(logger(os.Stderr).With("program", name))
+	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
+		debug.SetGCPercent(garbage)
+		debug.SetMemoryLimit(memory)
+	}
 	if err := run(name, build); err != nil {
 		slog.Error("stopped", "error", err)
 		os.Exit(1)
