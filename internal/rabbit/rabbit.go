@@ -47,6 +47,7 @@ func Dial(ctx context.Context, s Settings) (*Conn, error) {
 		return nil, fmt.Errorf("connect to RabbitMQ: %w", err)
 	}
 	w := newWire(conn)
+	defer context.AfterFunc(ctx, func() { conn.Close() })() // the client knows no context
 	client, err := amqp.New(w,
 		amqp.ConnSASLPlain(s.Username, s.Password),
 		amqp.ConnServerHostname("vhost:/"),
@@ -104,6 +105,7 @@ const (
 type Sender struct {
 	settings Settings
 	queue    string
+	address  string
 	jobs     chan job
 	link     *peer.Link[<-chan struct{}] // of a channel that is closed when the connection is gone
 }
@@ -130,15 +132,17 @@ func (o *outcome) fail(err error) {
 }
 
 // NewSender returns a Sender, which connects by itself and stays connected until Close.
-func NewSender(s Settings, queue string) *Sender {
-	sender := &Sender{settings: s, queue: queue, jobs: make(chan job)}
+func NewSender(s Settings, queue string) *Sender { return newSender(s, queue, Queue(queue)) }
+
+func newSender(s Settings, queue, address string) *Sender {
+	sender := &Sender{settings: s, queue: queue, address: address, jobs: make(chan job)}
 	sender.link = peer.NewLink("RabbitMQ queue "+queue, sender.use)
 	return sender
 }
 
 // Send returns nil when the broker has stored every message, and an error if that is not certain of one: ErrAway at
-// once while there is no connection (but for the very first, which is waited for), ErrNotStored when the broker has said so, or ctx's. ctx must have a deadline: it
-// is what bounds the wait for the broker.
+// once while there is no connection (but for the very first, which is waited for), ErrNotStored when the broker has said
+// so, or ctx's. ctx must have a deadline: it is what bounds the wait for the broker.
 func (s *Sender) Send(ctx context.Context, messages ...*amqp.Message) error {
 	gone, err := s.link.Get(ctx)
 	if err != nil {
@@ -180,9 +184,10 @@ func (s *Sender) use(ctx context.Context, up func(<-chan struct{})) error {
 	var workers sync.WaitGroup
 	defer workers.Wait()
 	defer conn.Close() // ends what the workers wait for
+	defer context.AfterFunc(ctx, conn.Close)()
 	links := make([]*amqp.Sender, senderLinks)
 	for i := range links {
-		if links[i], err = openSender(conn, s.queue); err != nil {
+		if links[i], err = s.open(conn); err != nil {
 			return err
 		}
 	}
@@ -208,18 +213,18 @@ func (s *Sender) use(ctx context.Context, up func(<-chan struct{})) error {
 	}
 }
 
-func openSender(conn *Conn, queue string) (*amqp.Sender, error) {
+func (s *Sender) open(conn *Conn) (*amqp.Sender, error) {
 	session, err := conn.NewSession()
 	if err != nil {
 		return nil, fmt.Errorf("open an AMQP session: %w", err)
 	}
 	link, err := session.NewSender(
-		amqp.LinkTargetAddress(Queue(queue)),
+		amqp.LinkTargetAddress(s.address),
 		amqp.LinkSenderSettle(amqp.ModeUnsettled),
 		amqp.LinkDetachOnDispositionError(false),
 	)
 	if err != nil {
-		return nil, fmt.Errorf("open a link to queue %q: %w", queue, err)
+		return nil, fmt.Errorf("open a link to queue %q: %w", s.queue, err)
 	}
 	return link, nil
 }

@@ -162,7 +162,6 @@ const (
 	codeList8       = 0xc0
 	codeList32      = 0xd0
 	disposition     = 0x15
-	outcomeReceived = 0x23
 	outcomeAccepted = 0x24
 	outcomeRejected = 0x25
 	outcomeReleased = 0x26
@@ -217,8 +216,8 @@ func (f *frameReader) next(b *byte) error {
 			f.step = stepOther
 		}
 	case stepDescriptor:
-		if *b != codeSmallUlong {
-			f.step = stepOther
+		if *b != codeSmallUlong { // RabbitMQ writes no other; one that hid a disposition would hide what became of a message
+			return errFrame
 		}
 	case stepPerformative:
 		if *b != disposition {
@@ -255,7 +254,7 @@ func (f *frameReader) next(b *byte) error {
 		if *b == codeBoolean {
 			f.skip = 1
 		}
-		if f.left == 1 && f.role == codeTrue {
+		if f.left == 1+f.skip && f.role == codeTrue {
 			return errFrame // settled without an outcome
 		}
 	case stepState:
@@ -275,7 +274,7 @@ func (f *frameReader) next(b *byte) error {
 			return nil
 		}
 		switch *b {
-		case outcomeReceived, outcomeAccepted, outcomeRejected:
+		case outcomeAccepted, outcomeRejected:
 		case outcomeReleased:
 			*b = outcomeRejected
 		default:
