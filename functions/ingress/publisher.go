@@ -26,6 +26,8 @@ import (
 const (
 	// inFlight is how many calls are under way at once: while the brokers sync one batch to disk, the next is read.
 	inFlight = 4
+	// linger bounds what a call waits for the clients that have just been answered.
+	linger = 2 * time.Millisecond
 	// waiting is the most reports that wait for a call; what comes beyond is told 429.
 	waiting = 5000
 	// callBytes keeps a call well below gRPC's limit of 4 MiB a message.
@@ -67,6 +69,7 @@ func newPublisher(addr string, groupSize int) (*publisher, error) {
 		Bytes:    callBytes,
 		Size:     func(m *pb.CloudEvent) int { return proto.Size(m) },
 		InFlight: calls,
+		Linger:   linger,
 		Waiting:  waiting,
 		Timeout:  timeout,
 		Alone:    func(err error) bool { return status.Code(err) == codes.InvalidArgument },
