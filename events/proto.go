@@ -2,6 +2,7 @@ package events
 
 import (
 	"net/url"
+	"strings"
 
 	pbformat "github.com/cloudevents/sdk-go/binding/format/protobuf/v2"
 	"github.com/cloudevents/sdk-go/binding/format/protobuf/v2/pb"
@@ -69,6 +70,12 @@ func FromProto(m *pb.CloudEvent) (event.Event, error) {
 		if value.GetAttr() == nil { // the SDK's reader fails on one
 			return event.Event{}, &Malformed{"CloudEvent in protobuf", "the attribute " + name + " has no value"}
 		}
+		if _, ok := value.Attr.(*pb.CloudEventAttributeValue_CeTimestamp); !ok && name == "time" { // it would be the year 1
+			return event.Event{}, &Malformed{"CloudEvent in protobuf", "the attribute time must be a timestamp"}
+		}
+	}
+	if m.Id != strings.TrimSpace(m.Id) { // the SDK takes the white space away, and it would be another id
+		return event.Event{}, violation("id", quote(m.Id), ruleID)
 	}
 	e, err := pbformat.FromProto(m)
 	if err != nil {
@@ -76,6 +83,9 @@ func FromProto(m *pb.CloudEvent) (event.Event, error) {
 	}
 	if err := e.Validate(); err != nil {
 		return event.Event{}, &Malformed{"CloudEvent in protobuf", err.Error()}
+	}
+	if text, ok := m.Data.(*pb.CloudEvent_TextData); ok {
+		e.DataEncoded = []byte(text.TextData) // it is the data; the SDK writes it as a JSON string
 	}
 	return *e, nil
 }

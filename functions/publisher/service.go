@@ -49,8 +49,18 @@ func (p *publisher) publish(ctx context.Context, reports []event.Event) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	return p.brokers.Publish(ctx, reports)
+	err := p.brokers.Publish(ctx, reports)
+	if err != nil && ctx.Err() != nil {
+		return &overdue{ctx.Err(), err}
+	}
+	return err
 }
+
+// overdue is the error of a call whose context has ended. That a broker's error says so is not enough: it may be away
+// because its connection has timed out.
+type overdue struct{ why, err error }
+
+func (e *overdue) Error() string { return e.err.Error() }
 
 // Publish implements the gRPC contract.
 func (p *publisher) Publish(ctx context.Context, request *publisherv1.PublishRequest) (*publisherv1.PublishResponse, error) {
@@ -97,13 +107,14 @@ func invalid(field, description string) error {
 // grpcError gives an error of publish its status.
 func grpcError(err error) error {
 	retry := &errdetails.RetryInfo{RetryDelay: durationpb.New(retryAfter)}
+	late, ended := err.(*overdue)
 	switch {
 	case errors.Is(err, errBusy):
 		return withDetails(codes.ResourceExhausted, err.Error(), retry)
-	case errors.Is(err, context.DeadlineExceeded):
+	case ended && late.why == context.DeadlineExceeded:
 		return withDetails(codes.DeadlineExceeded, err.Error(), retry)
-	case errors.Is(err, context.Canceled):
-		return status.FromContextError(err).Err()
+	case ended:
+		return status.FromContextError(late.why).Err()
 	}
 	info := &errdetails.ErrorInfo{Reason: "BROKER_UNAVAILABLE", Domain: "isobar.dev"}
 	if of, ok := errors.AsType[*brokerError](err); ok {
@@ -124,9 +135,12 @@ func withDetails(code codes.Code, message string, details ...protoadapt.MessageV
 // rest is publish for the HTTP interface.
 func (p *publisher) rest(ctx context.Context, reports []event.Event) error {
 	err := p.publish(ctx, reports)
+	if late, ended := err.(*overdue); ended {
+		return late.why
+	}
 	switch {
-	case err == nil, errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
-		return err
+	case err == nil:
+		return nil
 	case errors.Is(err, errBusy):
 		return &api.NotNow{Busy: true, Detail: err.Error(), RetryAfter: retryAfter}
 	}
