@@ -28,6 +28,8 @@ const (
 	inFlight = 4
 	// linger bounds what a call waits for the clients that have just been answered.
 	linger = 2 * time.Millisecond
+	// maxGroup is the most reports that the publisher takes in one call.
+	maxGroup = 5000
 	// waiting is the most reports that wait for a call; what comes beyond is told 429.
 	waiting = 5000
 	// callBytes keeps a call well below gRPC's limit of 4 MiB a message.
@@ -44,8 +46,8 @@ type publisher struct {
 }
 
 func newPublisher(addr string, groupSize int) (*publisher, error) {
-	if groupSize < 1 {
-		return nil, fmt.Errorf("GROUP_SIZE must be at least 1, not %d", groupSize)
+	if groupSize < 1 || groupSize > maxGroup {
+		return nil, fmt.Errorf("GROUP_SIZE must be 1 to %d, not %d", maxGroup, groupSize)
 	}
 	conn, err := grpc.NewClient(addr,
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
