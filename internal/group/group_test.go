@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -289,9 +290,78 @@ func TestClose(t *testing.T) {
 	b.Close()
 }
 
+// TestLinger: with commits that take 40 ms, when each batch begins and what is in it.
+func TestLinger(t *testing.T) {
+	const commit = 40 * time.Millisecond
+	type batch struct {
+		at    time.Duration
+		items int
+	}
+	type caller struct{ first, again time.Duration } // when it comes, and how long after its answer once more; 0: not
+	at := func(ms float64) time.Duration { return time.Duration(ms * float64(time.Millisecond)) }
+	eight := slices.Repeat([]caller{{at(1), 0}}, 8)
+	coming := func(again ...float64) []caller {
+		callers := append([]caller{{0, 0}}, slices.Clone(eight)...)
+		for i, ms := range again {
+			callers[i+1].again = at(ms)
+		}
+		return callers
+	}
+	for _, c := range []struct {
+		name    string
+		linger  time.Duration
+		callers []caller
+		want    []batch
+	}{
+		{"a lone caller is never waited with", at(2), []caller{{0, at(0.1)}}, []batch{{0, 1}, {at(40.1), 1}}},
+		{"who comes back alone waits the linger", at(2), coming(0.5), []batch{{0, 1}, {at(40), 8}, {at(82.5), 1}}},
+		{"or a quarter of a commit, if that is shorter", at(30), coming(0.5), []batch{{0, 1}, {at(40), 8}, {at(90.5), 1}}},
+		{"or until three quarters are back", at(30), coming(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8), []batch{{0, 1}, {at(40), 8}, {at(80.6), 6}, {at(130.6), 2}}},
+		{"who comes later than a commit takes does not wait", at(2), coming(41), []batch{{0, 1}, {at(40), 8}, {at(121), 1}}},
+		{"without it nobody waits", 0, coming(0.5), []batch{{0, 1}, {at(40), 8}, {at(80.5), 1}}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				start := time.Now()
+				var got []batch
+				g := New(Options[int]{
+					Commit: func(_ context.Context, items []int) error {
+						got = append(got, batch{time.Since(start), len(items)})
+						time.Sleep(commit)
+						return nil
+					},
+					Batch: 100, InFlight: 1, Waiting: 100, Timeout: time.Minute, Linger: c.linger,
+				})
+				var callers sync.WaitGroup
+				for _, caller := range c.callers {
+					callers.Go(func() {
+						time.Sleep(caller.first)
+						_ = g.Commit(t.Context(), 1)
+						if caller.again > 0 {
+							time.Sleep(caller.again)
+							_ = g.Commit(t.Context(), 1)
+						}
+					})
+				}
+				callers.Wait()
+				g.Close()
+				if !slices.Equal(got, c.want) {
+					t.Errorf("batches %v, want %v", got, c.want)
+				}
+			})
+		})
+	}
+}
+
 // TestEveryItemOnce: of many callers, some of whom give up and some of whom bring a bad item, each item that was
 // answered with nil was committed once, and each that was not taken never.
 func TestEveryItemOnce(t *testing.T) {
+	for _, linger := range []time.Duration{0, time.Millisecond} {
+		t.Run(fmt.Sprint("linger ", linger), func(t *testing.T) { everyItemOnce(t, linger) })
+	}
+}
+
+func everyItemOnce(t *testing.T, linger time.Duration) {
 	errBad := errors.New("bad")
 	var mu sync.Mutex
 	committed := map[int]int{}
@@ -312,7 +382,7 @@ func TestEveryItemOnce(t *testing.T) {
 			}
 			return nil
 		},
-		Batch: 20, InFlight: 3, Waiting: 40, Timeout: time.Minute,
+		Batch: 20, InFlight: 3, Waiting: 40, Timeout: time.Minute, Linger: linger,
 		Alone: func(err error) bool { return err == errBad },
 	})
 	var callers sync.WaitGroup
