@@ -25,7 +25,8 @@ type Options[T any] struct {
 	// Bytes is the most bytes in one batch by Size, with the same exception; 0 is no bound.
 	Bytes int
 	Size  func(T) int
-	// InFlight is the most batches under way at once.
+	// InFlight is the most batches under way at once. While one is, another begins only when it is full, of Batch items or
+	// Bytes bytes: what a batch costs by itself is paid seldom under a light load, and time is not lost under a heavy one.
 	InFlight int
 	// Linger is the longest that a batch waits for the callers of the batch just committed: those who have their answer
 	// tend to come again at once, and the first to do so would be alone in its batch. A batch waits only until
@@ -48,6 +49,7 @@ type Committer[T any] struct {
 	mu      sync.Mutex
 	queue   []*call[T]
 	waiting int // items in queue
+	bytes   int // of them, by Size
 	running int // batches under way
 	closed  bool
 	idle    *sync.Cond
@@ -98,6 +100,7 @@ func (c *Committer[T]) Commit(ctx context.Context, items ...T) error {
 	}
 	c.queue = append(c.queue, mine)
 	c.waiting += len(items)
+	c.bytes += mine.bytes
 	c.startNext()
 	if c.enough > 0 && c.waiting >= c.enough {
 		c.enough = 0
@@ -114,12 +117,17 @@ func (c *Committer[T]) Commit(ctx context.Context, items ...T) error {
 	}
 }
 
-// startNext starts a runner if there may be one more, unless one is gathering already.
+// startNext starts a runner if there may be one more and there is work for it.
 func (c *Committer[T]) startNext() {
-	if c.running < c.options.InFlight && c.enough == 0 {
+	if c.running == 0 || c.running < c.options.InFlight && c.full() {
 		c.running++
 		go c.run()
 	}
+}
+
+// full reports whether what waits is a full batch.
+func (c *Committer[T]) full() bool {
+	return c.waiting >= c.options.Batch || c.options.Bytes > 0 && c.bytes >= c.options.Bytes
 }
 
 // withdraw takes back a call that no batch has taken yet.
@@ -130,6 +138,7 @@ func (c *Committer[T]) withdraw(mine *call[T]) {
 		if other == mine {
 			c.queue = slices.Delete(c.queue, i, i+1)
 			c.waiting -= len(mine.items)
+			c.bytes -= mine.bytes
 			return
 		}
 	}
@@ -218,10 +227,10 @@ func (c *Committer[T]) gather() {
 func (c *Committer[T]) take() []*call[T] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.enough == 0 && c.options.Linger > 0 && len(c.queue) > 0 {
+	if c.running == 1 && c.options.Linger > 0 && len(c.queue) > 0 {
 		c.gather()
 	}
-	if len(c.queue) == 0 || c.enough > 0 { // nothing is left, or another gathers it
+	if len(c.queue) == 0 || c.running > 1 && !c.full() { // nothing is left, or another will take it
 		c.running--
 		if c.running == 0 {
 			c.idle.Broadcast()
@@ -240,6 +249,7 @@ func (c *Committer[T]) take() []*call[T] {
 	calls := slices.Clone(c.queue[:n])
 	c.queue = slices.Delete(c.queue, 0, n) // which forgets them
 	c.waiting -= size
+	c.bytes -= bytes
 	if len(c.queue) > 0 {
 		c.startNext()
 	}

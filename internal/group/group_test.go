@@ -149,22 +149,28 @@ func TestBounds(t *testing.T) {
 }
 
 func TestInFlight(t *testing.T) {
-	b := stepped(Options[int]{InFlight: 2})
+	b := stepped(Options[int]{InFlight: 2, Batch: 2})
 	one := b.send(1)
 	b.expect(t, 1)
 	two := b.send(2)
-	b.expect(t, 2)
-	three, four := b.send(3), b.send(4)
+	select {
+	case batch := <-b.started:
+		t.Fatalf("%v begins beside another batch, and is not full", batch)
+	default:
+	}
+	three := b.send(3)
+	b.expect(t, 2, 3)
+	four, five := b.send(4), b.send(5)
 	select {
 	case batch := <-b.started:
 		t.Fatalf("%v is a third batch under way", batch)
 	default:
 	}
 	b.answer <- nil
-	b.expect(t, 3, 4)
+	b.expect(t, 4, 5)
 	b.answer <- nil
 	b.answer <- nil
-	for _, done := range []<-chan error{one, two, three, four} {
+	for _, done := range []<-chan error{one, two, three, four, five} {
 		want(t, done, nil)
 	}
 }
