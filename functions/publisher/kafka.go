@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -26,6 +27,7 @@ type kafkaTopic struct {
 	settings kafka.Settings
 	topic    string
 	link     *peer.Link[*producer]
+	turn     atomic.Uint32
 }
 
 var _ Broker = (*kafkaTopic)(nil)
@@ -33,6 +35,7 @@ var _ Broker = (*kafkaTopic)(nil)
 // producer is one life of the sarama producer.
 type producer struct {
 	sarama.AsyncProducer
+	client  sarama.Client
 	sending sync.RWMutex  // held for reading while a record is handed over
 	gone    chan struct{} // closed when no more is taken
 	failed  chan error    // buffered: the first error that ends it
@@ -74,10 +77,27 @@ func (k *kafkaTopic) Publish(ctx context.Context, reports []event.Event) error {
 	if err != nil {
 		return fmt.Errorf("%w: %w", errKafkaAway, err)
 	}
+	partition, err := k.next(p)
+	if err != nil {
+		return err
+	}
+	for _, record := range records {
+		record.Partition = partition
+	}
 	if err := p.send(ctx, all, records); err != nil {
 		return fmt.Errorf("publish to topic %q: %w", k.topic, err)
 	}
 	return nil
+}
+
+// next returns the partition for the next call, each in turn. What comes together stays together: a batch that is
+// scattered over all partitions by its keys costs as much as eight. Nothing relies on where an event is.
+func (k *kafkaTopic) next(p *producer) (int32, error) {
+	partitions, err := p.client.WritablePartitions(k.topic)
+	if err != nil || len(partitions) == 0 {
+		return 0, fmt.Errorf("look up the partitions of topic %q: %w", k.topic, errors.Join(err, errKafkaAway))
+	}
+	return partitions[int(k.turn.Add(1))%len(partitions)], nil
 }
 
 func (p *producer) send(ctx context.Context, all *sent, records []*sarama.ProducerMessage) error {
@@ -128,6 +148,7 @@ func (k *kafkaTopic) config() *sarama.Config {
 	c := k.settings.Config()
 	c.Producer.RequiredAcks = sarama.WaitForAll
 	c.Producer.Idempotent = true
+	c.Producer.Partitioner = sarama.NewManualPartitioner // see next
 	c.Net.MaxOpenRequests = 1 // what sarama's idempotence asks for; records gather while a request is under way
 	c.Producer.Timeout = 5 * time.Second
 	c.Producer.Retry.Max = 3 // for a new leader; what takes longer is the caller's to send again
@@ -151,7 +172,7 @@ func (k *kafkaTopic) use(ctx context.Context, up func(*producer)) error {
 	if err != nil {
 		return fmt.Errorf("make an idempotent producer: %w", err)
 	}
-	p := &producer{AsyncProducer: async, gone: make(chan struct{}), failed: make(chan error, 1)}
+	p := &producer{AsyncProducer: async, client: client, gone: make(chan struct{}), failed: make(chan error, 1)}
 	results := p.collect()
 	up(p)
 
