@@ -43,12 +43,17 @@ bench: servers ## measure the speed, into bench.json
 	go run ./bench
 
 .PHONY: lint
-lint: ## check the style of Go and shell
+lint: ## check Go, shell and the gRPC contract
 	@files="$$($(GOFUMPT) -l .)"; if [[ -n "$$files" ]]; then echo "make fmt would change:"; echo "$$files"; exit 1; fi
 	go vet ./...
 	$(STATICCHECK) ./...
 	$(GOLANGCI) run ./...
-	shellcheck .ci/run
+	shellcheck .ci/run proto/buf.sh
+	proto/buf.sh lint
+
+.PHONY: proto
+proto: ## generate the code of the gRPC contract
+	proto/buf.sh generate
 
 .PHONY: fmt
 fmt: ## write Go as gofumpt does

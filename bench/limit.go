@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
@@ -15,27 +16,39 @@ import (
 )
 
 // A bare client publishes to and accepts from the queue, with as many messages in flight as pays: what RabbitMQ can do
-// when nothing else runs. Its connections are those of internal/rabbit, which gather writes: that makes it faster.
+// when nothing else runs.
 const (
 	bareLinks    = 4
 	bareInFlight = 256
 )
 
-func (b *bench) dial() (*rabbit.Conn, error) {
-	return rabbit.Dial(b.ctx, rabbit.Settings{
-		Addr: b.system.Addr("rabbitmq"), Username: local.RabbitUser, Password: local.RabbitPassword,
-	})
+// bare opens a connection of the AMQP client as it comes, or, gathering, as Isobar uses it: internal/rabbit gathers the
+// writes, which makes both sides of it faster.
+func (b *bench) bare(gathering bool) (session func() (*amqp.Session, error), end func(), err error) {
+	addr := b.system.Addr("rabbitmq")
+	if gathering {
+		conn, err := rabbit.Dial(b.ctx, rabbit.Settings{Addr: addr, Username: local.RabbitUser, Password: local.RabbitPassword})
+		if err != nil {
+			return nil, nil, err
+		}
+		return conn.NewSession, conn.Close, nil
+	}
+	conn, err := amqp.Dial("amqp://"+addr, amqp.ConnSASLPlain(local.RabbitUser, local.RabbitPassword), amqp.ConnServerHostname("vhost:/"))
+	if err != nil {
+		return nil, nil, err
+	}
+	return conn.NewSession, func() { conn.Close() }, nil
 }
 
-// limit measures the bare client with the sources at rest.
-func (b *bench) limit(part string) error {
+// limit measures the bare client with the source at rest.
+func (b *bench) limit(part string) (err error) {
 	resume, err := b.rest(local.RabbitMQSource)
 	if err != nil {
 		return err
 	}
-	defer resume()
+	defer func() { err = errors.Join(err, resume()) }()
 	n := *backlog / 2
-	publish, err := b.barePublish(n)
+	publish, err := b.barePublish(n, false)
 	if err != nil {
 		return err
 	}
@@ -45,19 +58,26 @@ func (b *bench) limit(part string) error {
 		return err
 	}
 	b.add(part, "accepting alone", accept, "messages/s", "")
-	start := time.Now()
-	published := make(chan error, 1)
-	go func() {
-		_, err := b.barePublish(n)
-		published <- err
-	}()
-	if _, err := b.bareAccept(n); err != nil {
-		return err
+	for _, gathering := range []bool{false, true} {
+		start := time.Now()
+		published := make(chan error, 1)
+		go func() {
+			_, err := b.barePublish(n, gathering)
+			published <- err
+		}()
+		if _, err := b.bareAccept(n); err != nil {
+			return err
+		}
+		took := time.Since(start) - settling
+		if err := <-published; err != nil {
+			return err
+		}
+		what := "both at once"
+		if gathering {
+			what += ", gathering writes"
+		}
+		b.add(part, what, float64(n)/took.Seconds(), "messages/s", "")
 	}
-	if err := <-published; err != nil {
-		return err
-	}
-	b.add(part, "both at once", float64(n)/time.Since(start).Seconds(), "messages/s", "")
 	return nil
 }
 
@@ -81,12 +101,12 @@ func (b *bench) rest(names ...string) (resume func() error, err error) {
 }
 
 // barePublish publishes n messages like those of the road and returns how many a second.
-func (b *bench) barePublish(n int) (float64, error) {
-	conn, err := b.dial()
+func (b *bench) barePublish(n int, gathering bool) (float64, error) {
+	open, end, err := b.bare(gathering)
 	if err != nil {
 		return 0, err
 	}
-	defer conn.Close()
+	defer end()
 	r, err := events.ParseReport([]byte(report))
 	if err != nil {
 		return 0, err
@@ -95,7 +115,7 @@ func (b *bench) barePublish(n int) (float64, error) {
 	var sending sync.WaitGroup
 	errs := make(chan error, bareLinks*bareInFlight)
 	for i := range bareLinks {
-		session, err := conn.NewSession()
+		session, err := open()
 		if err != nil {
 			return 0, err
 		}
@@ -129,12 +149,12 @@ func (b *bench) barePublish(n int) (float64, error) {
 
 // bareAccept accepts n messages and returns how many a second.
 func (b *bench) bareAccept(n int) (float64, error) {
-	conn, err := b.dial()
+	open, end, err := b.bare(false)
 	if err != nil {
 		return 0, err
 	}
-	defer conn.Close()
-	session, err := conn.NewSession()
+	defer end()
+	session, err := open()
 	if err != nil {
 		return 0, err
 	}
@@ -155,7 +175,7 @@ func (b *bench) bareAccept(n int) (float64, error) {
 	rate := float64(n) / time.Since(start).Seconds()
 	// The last acceptances are still on their way; nothing may be left for the source.
 	for {
-		ctx, cancel := context.WithTimeout(b.ctx, 300*time.Millisecond)
+		ctx, cancel := context.WithTimeout(b.ctx, settling)
 		_, err := link.Receive(ctx)
 		cancel()
 		if err != nil {
@@ -191,7 +211,7 @@ func (b *bench) drain() error {
 	if resume, err = b.rest(local.RabbitMQSource); err != nil {
 		return err
 	}
-	if _, err := b.barePublish(*backlog); err != nil {
+	if _, err := b.barePublish(*backlog, false); err != nil {
 		return err
 	}
 	bare, err := b.bareAccept(*backlog)
