@@ -17,8 +17,10 @@ func TestWrite(t *testing.T) {
 	}{
 		{"a status alone", Details{Status: 404}, map[string]any{"type": "about:blank", "title": "Not Found", "status": 404.0}, ""},
 		{
-			"a detail and members", Details{Status: 422, Detail: "x\xff", Members: map[string]any{"index": 7}},
-			map[string]any{"type": "about:blank", "title": "Unprocessable Entity", "status": 422.0, "detail": "x\ufffd", "index": 7.0}, "",
+			"a detail and members",
+			Details{Status: 422, Detail: "x\xff", Members: map[string]any{"index": 7}},
+			map[string]any{"type": "about:blank", "title": "Unprocessable Entity", "status": 422.0, "detail": "x\ufffd", "index": 7.0},
+			"",
 		},
 		{"a time to wait, rounded up to seconds", Details{Status: 503, RetryAfter: 1001 * time.Millisecond}, map[string]any{"type": "about:blank", "title": "Service Unavailable", "status": 503.0}, "2"},
 	} {

@@ -23,7 +23,6 @@ type wire struct {
 	mu      sync.Mutex
 	changed *sync.Cond
 	pending []byte
-	writing bool
 	closed  bool
 	err     error
 	done    chan struct{} // closed when flush has ended
