@@ -24,7 +24,7 @@ const (
 
 // bare opens a connection of the AMQP client as it comes, or, gathering, as Isobar uses it: internal/rabbit gathers the
 // writes, which makes both sides of it faster.
-func (b *bench) bare(gathering bool) (session func() (*amqp.Session, error), end func(), err error) {
+func (b *bench) bare(gathering bool) (session func(...amqp.SessionOption) (*amqp.Session, error), end func(), err error) {
 	addr := b.system.Addr("rabbitmq")
 	if gathering {
 		conn, err := rabbit.Dial(b.ctx, rabbit.Settings{Addr: addr, Username: local.RabbitUser, Password: local.RabbitPassword})
