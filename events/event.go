@@ -16,9 +16,10 @@ const (
 	// DefaultSource is the CloudEvents source of a report that came without one: plain JSON.
 	DefaultSource = "https://isobar.dev/reports"
 
-	// TraceParent and TraceState are the attributes of CloudEvents' distributed tracing extension.
+	// TraceParent is the attribute of CloudEvents' distributed tracing extension.
 	TraceParent = "traceparent"
-	TraceState  = "tracestate"
+	// TraceState is the other one.
+	TraceState = "tracestate"
 
 	jsonMediaType = "application/json"
 )

@@ -4,6 +4,7 @@ package events
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"strconv"
@@ -130,7 +131,7 @@ func (d *decoder) free() {
 
 // end reports what follows the value that has been read.
 func (d *decoder) end() error {
-	if _, err := d.ReadToken(); err != io.EOF {
+	if _, err := d.ReadToken(); !errors.Is(err, io.EOF) {
 		if err == nil {
 			err = fmt.Errorf("more follows after the end at byte %d", d.InputOffset())
 		}
@@ -141,7 +142,7 @@ func (d *decoder) end() error {
 
 // ended is err, unless what was read is not all that there is: broken JSON is said before a broken rule.
 func (d *decoder) ended(err error) error {
-	if _, broken := err.(*Violation); err != nil && !broken {
+	if _, broken := errors.AsType[*Violation](err); err != nil && !broken {
 		return err
 	}
 	if more := d.end(); more != nil {
@@ -152,14 +153,16 @@ func (d *decoder) ended(err error) error {
 
 // wrap makes an error of the JSON reader a *Malformed; a *Violation stays what it is.
 func (d *decoder) wrap(what string, err error) error {
-	switch err.(type) {
-	case *Violation, *Malformed:
+	if _, ok := errors.AsType[*Violation](err); ok {
 		return err
 	}
-	if err == io.EOF {
+	if _, ok := errors.AsType[*Malformed](err); ok {
+		return err
+	}
+	if errors.Is(err, io.EOF) {
 		return &Malformed{what, "the JSON is empty"}
 	}
-	if err == io.ErrUnexpectedEOF {
+	if errors.Is(err, io.ErrUnexpectedEOF) {
 		return &Malformed{what, "the JSON ends too early"}
 	}
 	return &Malformed{what, strings.TrimPrefix(err.Error(), "jsontext: ")}
@@ -236,7 +239,7 @@ func (d *decoder) report() (Report, error) {
 			err = d.SkipValue()
 		}
 		if err != nil {
-			if _, ok := err.(*Violation); !ok {
+			if _, ok := errors.AsType[*Violation](err); !ok {
 				return r, err
 			}
 			if broken == nil {

@@ -3,6 +3,7 @@ package events
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"maps"
@@ -167,9 +168,9 @@ func TestReport(t *testing.T) {
 	for _, c := range reportCases {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := ParseReport([]byte(c.json))
-			switch violation, broken := err.(*Violation); {
+			switch violation, broken := errors.AsType[*Violation](err); {
 			case c.field == "-":
-				if _, malformed := err.(*Malformed); !malformed {
+				if _, malformed := errors.AsType[*Malformed](err); !malformed {
 					t.Fatalf("the error is %v, not that the JSON is broken", err)
 				}
 				return
@@ -223,7 +224,7 @@ func FuzzReport(f *testing.F) {
 	valid := schema(f)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		r, err := ParseReport(data)
-		if _, malformed := err.(*Malformed); malformed {
+		if _, malformed := errors.AsType[*Malformed](err); malformed {
 			return
 		}
 		document, jsonErr := jsonschema.UnmarshalJSON(bytes.NewReader(data))

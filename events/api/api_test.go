@@ -142,8 +142,8 @@ var badCases = []struct {
 	{name: "an empty body", headers: plain, status: 400, says: "empty"},
 	{name: "white space", headers: plain, body: " \n", status: 400, says: "empty"},
 	{name: "no JSON", headers: plain, body: "country=GT", status: 400, says: "invalid character"},
-	{name: "an object that does not end", headers: plain, body: gt[:20], status: 400, says: "EOF"},
-	{name: "an array that does not end", headers: plain, body: "[" + gt + ",", status: 400, says: "EOF", index: 1.0},
+	{name: "an object that does not end", headers: plain, body: gt[:20], status: 400, says: "ends too early"},
+	{name: "an array that does not end", headers: plain, body: "[" + gt + ",", status: 400, says: "ends too early", index: 1.0},
 	{name: "two reports without an array", headers: plain, body: gt + gt, status: 400, says: "after"},
 	{name: "single quotes", headers: plain, body: `{'country':'GT'}`, status: 400, says: "invalid character"},
 	{name: "a comma too many", headers: plain, body: "[" + gt + ",]", status: 400, says: "invalid character", index: 1.0},
@@ -208,7 +208,7 @@ var badCases = []struct {
 	{name: "binary: an extension with a bad name", headers: with(binary, "Ce-A-B", "x"), body: gt, status: 422, says: "no attribute name", field: "a-b"},
 	{name: "binary: a body that is none", headers: binary, status: 422, says: "is missing", field: "data"},
 	{name: "binary: an array", headers: binary, body: "[" + gt + "]", status: 422, says: "JSON object"},
-	{name: "binary: broken data", headers: binary, body: gt[:9], status: 400, says: "EOF"},
+	{name: "binary: broken data", headers: binary, body: gt[:9], status: 400, says: "ends too early"},
 	{name: "binary and structured at once", headers: with(binary, "Content-Type", "application/cloudevents+json"), body: envelope, status: 400, says: "send one of them"},
 
 	{name: "structured: an array", headers: structured, body: "[" + envelope + "]", status: 422, says: "JSON object"},
@@ -220,7 +220,7 @@ var badCases = []struct {
 	{name: "structured: data_base64 that is a number", headers: structured, body: strings.Replace(envelope, `"data":`+gt, `"data_base64":7`, 1), status: 422, says: "base64", field: "data_base64"},
 	{name: "structured: an extension that is an array", headers: structured, body: strings.Replace(envelope, `"id"`, `"x":[],"id"`, 1), status: 422, says: "must be a string", field: "x"},
 	{name: "structured: of 64 KiB", headers: structured, body: strings.Replace(envelope, `"id"`, `"x":"`+strings.Repeat("x", 64<<10)+`","id"`, 1), status: 422, says: "65536"},
-	{name: "structured: broken", headers: structured, body: envelope[:50], status: 400, says: "EOF"},
+	{name: "structured: broken", headers: structured, body: envelope[:50], status: 400, says: "ends too early"},
 	{name: "structured: empty", headers: structured, status: 400, says: "empty"},
 
 	{name: "batch: an object", headers: batch, body: envelope, status: 422, says: "array of CloudEvents"},

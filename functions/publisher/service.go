@@ -107,11 +107,11 @@ func invalid(field, description string) error {
 // grpcError gives an error of publish its status.
 func grpcError(err error) error {
 	retry := &errdetails.RetryInfo{RetryDelay: durationpb.New(retryAfter)}
-	late, ended := err.(*overdue)
+	late, ended := errors.AsType[*overdue](err)
 	switch {
 	case errors.Is(err, errBusy):
 		return withDetails(codes.ResourceExhausted, err.Error(), retry)
-	case ended && late.why == context.DeadlineExceeded:
+	case ended && errors.Is(late.why, context.DeadlineExceeded):
 		return withDetails(codes.DeadlineExceeded, err.Error(), retry)
 	case ended:
 		return status.FromContextError(late.why).Err()
@@ -135,7 +135,7 @@ func withDetails(code codes.Code, message string, details ...protoadapt.MessageV
 // rest is publish for the HTTP interface.
 func (p *publisher) rest(ctx context.Context, reports []event.Event) error {
 	err := p.publish(ctx, reports)
-	if late, ended := err.(*overdue); ended {
+	if late, ended := errors.AsType[*overdue](err); ended {
 		return late.why
 	}
 	switch {

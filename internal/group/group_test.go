@@ -232,7 +232,7 @@ func TestTimeout(t *testing.T) {
 
 func TestAlone(t *testing.T) {
 	culprit, other := errors.New("item 2 is wrong"), errors.New("away")
-	b := stepped(Options[int]{Alone: func(err error) bool { return err == culprit }})
+	b := stepped(Options[int]{Alone: func(err error) bool { return errors.Is(err, culprit) }})
 	first := b.send(0)
 	b.expect(t, 0)
 	good, bad, also := b.send(1), b.send(2, 3), b.send(4)
@@ -389,7 +389,7 @@ func everyItemOnce(t *testing.T, linger time.Duration) {
 			return nil
 		},
 		Batch: 20, InFlight: 3, Waiting: 40, Timeout: time.Minute, Linger: linger,
-		Alone: func(err error) bool { return err == errBad },
+		Alone: func(err error) bool { return errors.Is(err, errBad) },
 	})
 	var callers sync.WaitGroup
 	var full atomic.Int64

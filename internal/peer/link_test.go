@@ -42,7 +42,7 @@ func TestLink(t *testing.T) {
 		t.Helper()
 		synctest.Wait()
 		start := time.Now()
-		if got, err := l.Get(t.Context()); got != connection || err != want || l.Err() != want {
+		if got, err := l.Get(t.Context()); got != connection || !errors.Is(err, want) || !errors.Is(l.Err(), want) {
 			t.Errorf("got %d, %v", got, err)
 		}
 		if waited := time.Since(start); waited != 0 {
@@ -54,7 +54,7 @@ func TestLink(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
 			start := time.Now()
-			if _, err := l.Get(ctx); err != ErrConnecting || time.Since(start) != time.Second {
+			if _, err := l.Get(ctx); !errors.Is(err, ErrConnecting) || time.Since(start) != time.Second {
 				t.Errorf("%v after %v", err, time.Since(start))
 			}
 			go func() { time.Sleep(time.Second); next <- step{connection: 7} }()

@@ -57,7 +57,7 @@ func Dial(ctx context.Context, s Settings) (*Conn, error) {
 		amqp.ConnContainerID("isobar"),
 	)
 	if err != nil {
-		w.Close()
+		_ = w.Close()
 		return nil, fmt.Errorf("open an AMQP connection to RabbitMQ at %s as user %q: %w", s.Addr, s.Username, err)
 	}
 	return &Conn{client, w}, nil
@@ -77,7 +77,7 @@ func (c *Conn) Close() {
 	case <-closed:
 	case <-time.After(lastWrite):
 	}
-	c.wire.Close()
+	_ = c.wire.Close()
 	<-closed
 }
 
@@ -244,7 +244,7 @@ func (s *Sender) work(link *amqp.Sender, settled *atomic.Int64, gone <-chan stru
 		case j := <-s.jobs:
 			start := time.Now()
 			err := link.Send(j.ctx, j.message)
-			rejection, rejected := err.(*amqp.Error)
+			rejection, rejected := errors.AsType[*amqp.Error](err)
 			if err == nil || rejected {
 				settled.Store(time.Now().UnixNano())
 			}

@@ -170,7 +170,7 @@ func TestWireKeepsOrder(t *testing.T) {
 			}
 		})
 	}
-	go func() { writing.Wait(); w.Close() }()
+	go func() { writing.Wait(); _ = w.Close() }()
 	var next [writers]int
 	lines := bufio.NewScanner(there)
 	for lines.Scan() {
@@ -249,7 +249,7 @@ func TestWireToADeafPeer(t *testing.T) {
 		w.mu.Unlock()
 	}
 	start := time.Now()
-	w.Close()
+	_ = w.Close()
 	if took := time.Since(start); took > lastWrite+time.Second {
 		t.Errorf("Close took %v", took)
 	}

@@ -254,7 +254,7 @@ func (s *server) drain(ctx context.Context) {
 	s.drainer.Drain()
 	if err := s.http.Shutdown(ctx); err != nil {
 		slog.Warn("requests were still under way", "error", err)
-		s.http.Close()
+		_ = s.http.Close()
 	}
 }
 

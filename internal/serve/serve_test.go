@@ -176,7 +176,7 @@ func overGRPC(t *testing.T, addr string) func() client {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { conn.Close() })
+		t.Cleanup(func() { _ = conn.Close() })
 		return func(id string) ([]byte, bool, error) {
 			_, err := health.NewHealthClient(conn).Check(context.Background(), &health.HealthCheckRequest{Service: id})
 			return bytes.Repeat([]byte(id), 100), false, err
@@ -283,7 +283,14 @@ func TestDrainWaitsForASlowBody(t *testing.T) {
 	r.drained(t)
 }
 
-func get(t *testing.T, c *http.Client, method, url string) (*http.Response, map[string]any) {
+// answer is a response whose body is read.
+type answer struct {
+	StatusCode int
+	Header     http.Header
+	Close      bool
+}
+
+func get(t *testing.T, c *http.Client, method, url string) (answer, map[string]any) {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), method, url, nil)
 	if err != nil {
@@ -300,7 +307,7 @@ func get(t *testing.T, c *http.Client, method, url string) (*http.Response, map[
 			t.Fatal(err)
 		}
 	}
-	return response, body
+	return answer{response.StatusCode, response.Header, response.Close}, body
 }
 
 func TestProbes(t *testing.T) {
