@@ -101,7 +101,7 @@ func variable(settings reflect.Type, name string) string {
 		}
 		if field.Type.Kind() == reflect.Struct {
 			if inner := variable(field.Type, name); inner != "" {
-				return inner
+				return field.Tag.Get("envPrefix") + inner
 			}
 		}
 	}
