@@ -25,12 +25,14 @@ func shortcuts() map[string]event.Event {
 		return e
 	}
 	return map[string]event.Event{
-		"a plain report":    plain(func(*event.EventContextV1) {}),
-		"a source":          plain(func(c *event.EventContextV1) { c.Source = mustParseURIRef("/a/station?x=%20#y") }),
-		"a trace":           plain(func(c *event.EventContextV1) { c.Extensions = map[string]any{TraceParent: "00-x", TraceState: "a=b"} }),
-		"a text extension":  plain(func(c *event.EventContextV1) { c.Extensions = map[string]any{"sequence": "7"} }),
-		"other extensions":  plain(func(c *event.EventContextV1) { c.Extensions = map[string]any{"n": int32(7), "b": true} }),
-		"a data schema":     plain(func(c *event.EventContextV1) { c.DataSchema = &types.URI{URL: url.URL{Scheme: "https", Host: "x.test"}} }),
+		"a plain report":   plain(func(*event.EventContextV1) {}),
+		"a source":         plain(func(c *event.EventContextV1) { c.Source = mustParseURIRef("/a/station?x=%20#y") }),
+		"a trace":          plain(func(c *event.EventContextV1) { c.Extensions = map[string]any{TraceParent: "00-x", TraceState: "a=b"} }),
+		"a text extension": plain(func(c *event.EventContextV1) { c.Extensions = map[string]any{"sequence": "7"} }),
+		"other extensions": plain(func(c *event.EventContextV1) { c.Extensions = map[string]any{"n": int32(7), "b": true} }),
+		"a data schema": plain(func(c *event.EventContextV1) {
+			c.DataSchema = &types.URI{URL: url.URL{Scheme: "https", Host: "x.test"}}
+		}),
 		"no time":           plain(func(c *event.EventContextV1) { c.Time = nil }),
 		"no subject":        plain(func(c *event.EventContextV1) { c.Subject = nil }),
 		"no content type":   plain(func(c *event.EventContextV1) { c.DataContentType = nil }),

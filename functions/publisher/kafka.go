@@ -149,7 +149,7 @@ func (k *kafkaTopic) config() *sarama.Config {
 	c.Producer.RequiredAcks = sarama.WaitForAll
 	c.Producer.Idempotent = true
 	c.Producer.Partitioner = sarama.NewManualPartitioner // see next
-	c.Net.MaxOpenRequests = 1 // what sarama's idempotence asks for; records gather while a request is under way
+	c.Net.MaxOpenRequests = 1                            // what sarama's idempotence asks for; records gather while a request is under way
 	c.Producer.Timeout = 5 * time.Second
 	c.Producer.Retry.Max = 3 // for a new leader; what takes longer is the caller's to send again
 	c.Producer.Retry.Backoff = 100 * time.Millisecond

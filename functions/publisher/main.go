@@ -4,6 +4,7 @@ package main
 import (
 	"context"
 	"net"
+	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/health"
@@ -16,8 +17,6 @@ import (
 	"isobar.dev/internal/rabbit"
 	"isobar.dev/internal/serve"
 	publisherv1 "isobar.dev/proto/isobar/publisher/v1"
-
-	"time"
 )
 
 type settings struct {

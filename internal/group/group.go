@@ -26,7 +26,8 @@ type Options[T any] struct {
 	Bytes int
 	Size  func(T) int
 	// InFlight is the most batches under way at once. While one is, another begins only when it is full, of Batch items or
-	// Bytes bytes: what a batch costs by itself is paid seldom under a light load, and time is not lost under a heavy one.
+	// Bytes bytes, or when the one under way has taken 100 ms: what a batch costs by itself is paid seldom under a light
+	// load, no time is lost under a heavy one, and one that hangs holds nobody up.
 	InFlight int
 	// Linger is the longest that a batch waits for the callers of the batch just committed: those who have their answer
 	// tend to come again at once, and the first to do so would be alone in its batch. A batch waits only until
@@ -51,6 +52,7 @@ type Committer[T any] struct {
 	waiting int // items in queue
 	bytes   int // of them, by Size
 	running int // batches under way
+	slow    int // of them, those that have taken longer than patience
 	closed  bool
 	idle    *sync.Cond
 
@@ -117,9 +119,12 @@ func (c *Committer[T]) Commit(ctx context.Context, items ...T) error {
 	}
 }
 
+// patience is how long a batch may take before the next one begins beside it.
+const patience = 100 * time.Millisecond
+
 // startNext starts a runner if there may be one more and there is work for it.
 func (c *Committer[T]) startNext() {
-	if c.running == 0 || c.running < c.options.InFlight && c.full() {
+	if c.running < c.options.InFlight && (c.running == c.slow || c.full()) {
 		c.running++
 		go c.run()
 	}
@@ -169,7 +174,9 @@ func (c *Committer[T]) run() {
 			}
 		}
 		start := time.Now()
+		ended := c.watch()
 		err := c.commit(batch)
+		ended()
 		c.note(len(calls), len(batch), start)
 		if err != nil && len(calls) > 1 && c.options.Alone != nil && c.options.Alone(err) {
 			for _, call := range calls {
@@ -179,6 +186,32 @@ func (c *Committer[T]) run() {
 		}
 		for _, call := range calls {
 			call.done <- err
+		}
+	}
+}
+
+// watch lets others begin beside the batch that begins now, should it take longer than patience.
+func (c *Committer[T]) watch() (ended func()) {
+	over, slow := false, false
+	timer := time.AfterFunc(patience, func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if over {
+			return
+		}
+		slow = true
+		c.slow++
+		if len(c.queue) > 0 {
+			c.startNext()
+		}
+	})
+	return func() {
+		timer.Stop()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		over = true
+		if slow {
+			c.slow--
 		}
 	}
 }
@@ -227,10 +260,10 @@ func (c *Committer[T]) gather() {
 func (c *Committer[T]) take() []*call[T] {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.running == 1 && c.options.Linger > 0 && len(c.queue) > 0 {
+	if c.running-c.slow == 1 && c.options.Linger > 0 && len(c.queue) > 0 {
 		c.gather()
 	}
-	if len(c.queue) == 0 || c.running > 1 && !c.full() { // nothing is left, or another will take it
+	if len(c.queue) == 0 || c.running-c.slow > 1 && !c.full() { // nothing is left, or another will take it
 		c.running--
 		if c.running == 0 {
 			c.idle.Broadcast()

@@ -175,6 +175,36 @@ func TestInFlight(t *testing.T) {
 	}
 }
 
+func TestABatchThatHangsHoldsNobodyUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		hang := make(chan struct{})
+		g := New(Options[int]{
+			Commit: func(_ context.Context, items []int) error {
+				if items[0] == 0 {
+					<-hang
+				}
+				return nil
+			},
+			Batch: 100, InFlight: 2, Waiting: 100, Timeout: time.Minute,
+		})
+		var hanging sync.WaitGroup
+		hanging.Go(func() { _ = g.Commit(t.Context(), 0) })
+		synctest.Wait()
+		start := time.Now()
+		for i := range 3 {
+			if err := g.Commit(t.Context(), i+1); err != nil {
+				t.Error(err)
+			}
+		}
+		if took := time.Since(start); took != patience {
+			t.Errorf("three others took %v, want %v for the first and nothing for the next", took, patience)
+		}
+		close(hang)
+		hanging.Wait()
+		g.Close()
+	})
+}
+
 func TestWaiting(t *testing.T) {
 	b := stepped(Options[int]{Waiting: 3})
 	first := b.send(0)
