@@ -24,6 +24,10 @@ var kafkaLogging []byte
 // KafkaTopics are created when a Kafka starts without them: name and partitions.
 var KafkaTopics = map[string]int32{"message": 8, "message.dead": 1}
 
+// maxDeadLetter is the largest record that message.dead takes, in bytes: a dead letter is the largest that message takes,
+// 1 MiB, with the reason, and data that is no JSON may have grown by a third.
+const maxDeadLetter = "2097152"
+
 // Kafka returns a single Kafka broker, in KRaft mode, that keeps its data in dir and listens on 127.0.0.1 at port; 0 picks
 // a free one at the first start. It is ready once every one of [KafkaTopics] is there and has a leader.
 func Kafka(dir string, port int, options ...Option) *Process {
@@ -124,7 +128,11 @@ func kafkaReady(ctx context.Context, addr string) error {
 	var names []string
 	for name, partitions := range KafkaTopics {
 		names = append(names, name)
-		err := admin.CreateTopic(name, &sarama.TopicDetail{NumPartitions: partitions, ReplicationFactor: 1}, false)
+		topic := &sarama.TopicDetail{NumPartitions: partitions, ReplicationFactor: 1}
+		if limit := maxDeadLetter; strings.HasSuffix(name, ".dead") {
+			topic.ConfigEntries = map[string]*string{"max.message.bytes": &limit}
+		}
+		err := admin.CreateTopic(name, topic, false)
 		if err != nil && !errors.Is(err, sarama.ErrTopicAlreadyExists) {
 			return fmt.Errorf("create topic %q: %w", name, err)
 		}

@@ -23,7 +23,7 @@ import (
 // a bare go-amqp client accept another one for comparison. One run of each is enough: -benchtime 1x.
 func BenchmarkBacklog(b *testing.B) {
 	const backlog = 300_000
-	for name, start := range map[string]func(testing.TB) *world{"Kafka": startKafka, "RabbitMQ": startRabbitMQ} {
+	for name, start := range map[string]func(testing.TB) *world{"Kafka": startKafka, "RabbitMQ": func(t testing.TB) *world { return startRabbitMQ(t) }} {
 		b.Run(name, func(b *testing.B) {
 			w := start(b)
 			fill := func(name string) {

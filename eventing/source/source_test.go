@@ -1,7 +1,9 @@
 package source
 
 import (
+	"bytes"
 	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os/exec"
@@ -18,7 +20,8 @@ import (
 )
 
 func TestSources(t *testing.T) {
-	for name, start := range map[string]func(testing.TB) *world{"Kafka": startKafka, "RabbitMQ": startRabbitMQ} {
+	t.Parallel()
+	for name, start := range map[string]func(testing.TB) *world{"Kafka": startKafka, "RabbitMQ": func(t testing.TB) *world { return startRabbitMQ(t) }} {
 		t.Run(name, func(t *testing.T) {
 			w := start(t)
 			for name, test := range map[string]func(*testing.T, *world, string){
@@ -30,6 +33,7 @@ func TestSources(t *testing.T) {
 				"a poison event that the sink names is dead-lettered alone":  testPoisonNamed,
 				"a poison event that the sink does not name is found":        testPoisonSought,
 				"a sink that knows no batches gets single events":            testNoBatches,
+				"the largest event that is refused is dead-lettered":         testPoisonLarge,
 				"while there is no place for dead letters the others go on":  testNoDeadLetters,
 				"killed broker: each of 10,000 is delivered":                 testBrokerKilled,
 				"connections cut in mid-flight: each of 10,000 is delivered": testCut,
@@ -226,6 +230,28 @@ func poisoned(t *testing.T, w *world, name string, status int, named bool) {
 
 func testPoisonNamed(t *testing.T, w *world, name string)  { poisoned(t, w, name, 422, true) }
 func testPoisonSought(t *testing.T, w *world, name string) { poisoned(t, w, name, 400, false) }
+
+// testPoisonLarge: its dead letter is larger by the reason, and can't be compressed.
+func testPoisonLarge(t *testing.T, w *world, name string) {
+	random := rand.NewChaCha8([32]byte{})
+	reason := make([]byte, maxReason/2)
+	_, _ = random.Read(reason)
+	sink := record(t)
+	sink.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		rw.WriteHeader(http.StatusRequestEntityTooLarge)
+		fmt.Fprintf(rw, "%x", reason)
+	})
+	large := reports("large", 1)
+	large[0].DataEncoded = make([]byte, 1<<20-1000)
+	_, _ = random.Read(large[0].DataEncoded)
+	large[0].SetDataContentType("application/octet-stream")
+	w.publish(t, name, large)
+	deliver(t, w.open(name), sink.settings())
+	letter := w.deadLetters(t, name, 1)[large[0].ID()]
+	if !bytes.Equal(letter.Data(), large[0].Data()) || letter.Extensions()[errorData] != fmt.Sprintf("%x", reason) {
+		t.Errorf("the dead letter has %d bytes, of %d, and the extensions %v", len(letter.Data()), len(large[0].Data()), letter.Extensions())
+	}
+}
 
 func testNoBatches(t *testing.T, w *world, name string) {
 	sink := record(t)

@@ -88,9 +88,13 @@ func startKafka(t testing.TB) *world {
 	}
 	w.create = func(t testing.TB, name string) {
 		t.Helper()
+		topic := &sarama.TopicDetail{NumPartitions: partitions, ReplicationFactor: 1}
+		if limit := "2097152"; strings.HasSuffix(name, ".dead") { // as message.dead has it
+			topic.ConfigEntries = map[string]*string{"max.message.bytes": &limit}
+		}
 		admin(t, func(a sarama.ClusterAdmin) (err error) {
 			for range 100 { // a topic of the name may still be on its way out
-				err = a.CreateTopic(name, &sarama.TopicDetail{NumPartitions: partitions, ReplicationFactor: 1}, false)
+				err = a.CreateTopic(name, topic, false)
 				if err == nil {
 					break
 				}
@@ -200,14 +204,14 @@ func (w *world) awaitLeaders(t testing.TB, settings kafka.Settings, topic string
 	}
 }
 
-func startRabbitMQ(t testing.TB) *world {
+func startRabbitMQ(t testing.TB, options ...local.Option) *world {
 	management, err := local.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
 	proxy := cut.Listen(t)
 	w := &world{proxy: proxy, program: "rabbitmq-source"}
-	w.server = local.StartRabbitMQ(t, local.Management(management))
+	w.server = local.StartRabbitMQ(t, append(options, local.Management(management))...)
 	proxy.To(w.server.Addr())
 	w.open = func(name string) Source {
 		return NewRabbit(RabbitSettings{
