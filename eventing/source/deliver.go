@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cloudevents/sdk-go/v2/event"
@@ -27,12 +28,15 @@ const (
 	maxBackoff = 5 * time.Second
 	// buryTimeout bounds one attempt to store dead letters.
 	buryTimeout = 15 * time.Second
+	// unhurried is how long a delivery may take before the next batch, which need not be full, begins beside it.
+	unhurried = 100 * time.Millisecond
 	// patience is for how long a POST may go on after the source was told to stop.
 	patience = 10 * time.Second
 )
 
-// Deliver runs a source and delivers its events to a sink until ctx ends. What has arrived while POSTs were under way
-// makes the next batch, of at most so many, so that a lone event leaves at once. It tries for as long as it takes. An event that the sink
+// Deliver runs a source and delivers its events to a sink until ctx ends. What has arrived while a POST was under way
+// makes the next batch, of at most so many, so that a lone event leaves at once; another POST begins beside it only with a
+// full batch, or when it has taken 100 ms. It tries for as long as it takes. An event that the sink
 // refuses goes to the dead letters, alone. When ctx ends, POSTs under way may end within 10 seconds, and what is not
 // settled then will be delivered again.
 func Deliver(ctx context.Context, src Source, sink *Sink, most int) {
@@ -42,30 +46,20 @@ func Deliver(ctx context.Context, src Source, sink *Sink, most int) {
 
 	ending, end := context.WithCancel(context.WithoutCancel(ctx))
 	defer end()
-	unhurried := context.AfterFunc(ctx, func() {
+	hurry := context.AfterFunc(ctx, func() {
 		select {
 		case <-time.After(patience):
 			end()
 		case <-ending.Done():
 		}
 	})
-	defer unhurried()
+	defer hurry()
 
 	d := &delivery{src: src, sink: sink, ending: ending}
 	d.sinkTrouble.what, d.deadTrouble.what = "sink "+sink.name, "dead letters"
-	var workers sync.WaitGroup
-	for range posts {
-		workers.Go(func() {
-			for {
-				batch := src.Take(ctx, most)
-				if len(batch) == 0 {
-					return
-				}
-				d.deliver(ctx, batch)
-			}
-		})
-	}
-	workers.Wait()
+	d.changed = make(chan struct{}, 1)
+	d.dispatch(ctx, most)
+	d.deliveries.Wait()
 	stop()
 	running.Wait()
 	sink.client.CloseIdleConnections()
@@ -76,7 +70,67 @@ type delivery struct {
 	sink   *Sink
 	ending context.Context // of POSTs that are under way when the source is told to stop
 
+	deliveries sync.WaitGroup
+	active     atomic.Int32  // batches under way
+	slow       atomic.Int32  // of them, those that have taken longer than unhurried
+	changed    chan struct{} // holds a token when either number has
+
 	sinkTrouble, deadTrouble trouble
+}
+
+// dispatch takes batches and has them delivered until ctx ends.
+func (d *delivery) dispatch(ctx context.Context, most int) {
+	for ctx.Err() == nil {
+		active := d.active.Load()
+		least := 1
+		switch {
+		case active >= posts:
+			select {
+			case <-d.changed:
+			case <-ctx.Done():
+			}
+			continue
+		case active > d.slow.Load():
+			least = most
+		}
+		taking, cancel := context.WithCancel(ctx)
+		watching := make(chan struct{})
+		go func() { // the end of a delivery changes what is waited for
+			defer close(watching)
+			select {
+			case <-d.changed:
+				cancel()
+			case <-taking.Done():
+			}
+		}()
+		batch := d.src.Take(taking, least, most)
+		cancel()
+		<-watching // it must not take what the next round waits for
+		if len(batch) > 0 {
+			d.active.Add(1)
+			d.deliveries.Go(func() { d.run(ctx, batch) })
+		}
+	}
+}
+
+// run delivers a batch and keeps the numbers by which dispatch goes.
+func (d *delivery) run(ctx context.Context, batch []Event) {
+	change := func() {
+		select {
+		case d.changed <- struct{}{}:
+		default:
+		}
+	}
+	watch := time.AfterFunc(unhurried, func() {
+		d.slow.Add(1)
+		change()
+	})
+	d.deliver(ctx, batch)
+	if !watch.Stop() {
+		d.slow.Add(-1)
+	}
+	d.active.Add(-1)
+	change()
 }
 
 // letter is an event that is refused.

@@ -10,7 +10,8 @@ type inbox struct {
 	mu      sync.Mutex
 	waiting []Event
 	bytes   int
-	arrived chan struct{} // holds a token while something waits
+	least   int           // what the most modest of those who wait to take waits for
+	arrived chan struct{} // closed when that has arrived; nil while nobody waits for it
 	taken   chan struct{} // closed when something is taken; nil while nobody waits for that
 }
 
@@ -23,7 +24,7 @@ const (
 // together is how many events, if they have arrived together, are put at a time.
 const together = 128
 
-func newInbox() *inbox { return &inbox{arrived: make(chan struct{}, 1)} }
+func newInbox() *inbox { return new(inbox) }
 
 // put adds events. If there are too many it waits, unless done is closed before.
 func (b *inbox) put(done <-chan struct{}, events ...Event) {
@@ -57,36 +58,44 @@ func (b *inbox) add(events []Event) {
 		b.bytes += len(e.JSON)
 	}
 	b.waiting = append(b.waiting, events...)
-	b.announce()
+	if b.arrived != nil && b.has(b.least) {
+		close(b.arrived)
+		b.arrived = nil
+	}
 }
 
-func (b *inbox) announce() {
-	select {
-	case b.arrived <- struct{}{}:
-	default:
-	}
+// has reports whether so many wait, or as much as a batch may hold.
+func (b *inbox) has(least int) bool {
+	return len(b.waiting) >= least || b.bytes >= MostBytes
 }
 
 // take is Source's Take.
-func (b *inbox) take(ctx context.Context, most int) []Event {
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-b.arrived:
-			if ctx.Err() != nil {
-				return nil
+func (b *inbox) take(ctx context.Context, least, most int) []Event {
+	for ctx.Err() == nil {
+		b.mu.Lock()
+		if b.has(least) {
+			batch := b.batch(most)
+			b.mu.Unlock()
+			if len(batch) > 0 {
+				return batch
 			}
+			continue
 		}
-		if batch := b.batch(most); len(batch) > 0 {
-			return batch
+		if b.arrived == nil {
+			b.arrived, b.least = make(chan struct{}), least
+		}
+		b.least = min(b.least, least)
+		arrived := b.arrived
+		b.mu.Unlock()
+		select {
+		case <-arrived:
+		case <-ctx.Done():
 		}
 	}
+	return nil
 }
 
 func (b *inbox) batch(most int) []Event {
-	b.mu.Lock()
-	defer b.mu.Unlock()
 	batch := make([]Event, 0, min(len(b.waiting), most))
 	size, n := 0, 0
 	for ; n < len(b.waiting) && len(batch) < most; n++ {
@@ -103,9 +112,6 @@ func (b *inbox) batch(most int) []Event {
 	left := copy(b.waiting, b.waiting[n:])
 	clear(b.waiting[left:])
 	b.waiting = b.waiting[:left]
-	if left > 0 {
-		b.announce()
-	}
 	if b.taken != nil {
 		close(b.taken)
 		b.taken = nil

@@ -119,7 +119,7 @@ func (k *Kafka) use(ctx context.Context, up func()) error {
 func dismiss(c io.Closer) { _ = c.Close() }
 
 // Take is that of [Source].
-func (k *Kafka) Take(ctx context.Context, most int) []Event { return k.inbox.take(ctx, most) }
+func (k *Kafka) Take(ctx context.Context, least, most int) []Event { return k.inbox.take(ctx, least, most) }
 
 // Settle is that of [Source].
 func (k *Kafka) Settle(done []Event) { settle(done) }

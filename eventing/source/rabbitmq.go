@@ -246,7 +246,7 @@ func readable(m *amqp.Message) error {
 }
 
 // Take is that of [Source].
-func (r *Rabbit) Take(ctx context.Context, most int) []Event { return r.inbox.take(ctx, most) }
+func (r *Rabbit) Take(ctx context.Context, least, most int) []Event { return r.inbox.take(ctx, least, most) }
 
 // Settle is that of [Source].
 func (r *Rabbit) Settle(done []Event) { settle(done) }

@@ -8,8 +8,11 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unicode/utf8"
 
@@ -192,7 +195,7 @@ func TestInbox(t *testing.T) {
 			b := newInbox()
 			b.force(c.waiting...)
 			for i, want := range c.want {
-				if got := len(b.take(t.Context(), c.most)); got != want {
+				if got := len(b.take(t.Context(), 1, c.most)); got != want {
 					t.Fatalf("Take %d returns %d, want %d", i, got, want)
 				}
 			}
@@ -201,6 +204,42 @@ func TestInbox(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestTakeWaitsForTheLeast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		b := newInbox()
+		stream := &fake{}
+		var taken []int
+		ctx, cancel := context.WithCancel(t.Context())
+		var taking sync.WaitGroup
+		taking.Go(func() {
+			for batch := b.take(ctx, 3, 10); batch != nil; batch = b.take(ctx, 3, 10) {
+				taken = append(taken, len(batch))
+			}
+		})
+		for _, puts := range []struct {
+			sizes []int
+			want  []int // what has been taken then
+		}{
+			{[]int{1, 1}, nil},
+			{[]int{1}, []int{3}},
+			{[]int{1, 1, 1, 1}, []int{3, 4}},
+			{[]int{MostBytes}, []int{3, 4, 1}}, // as much as a batch may hold
+		} {
+			for _, size := range puts.sizes[:len(puts.sizes)-1] {
+				b.waiting = append(b.waiting, Event{JSON: make([]byte, size), from: stream})
+				b.bytes += size
+			}
+			b.force(Event{JSON: make([]byte, puts.sizes[len(puts.sizes)-1]), from: stream})
+			synctest.Wait()
+			if !slices.Equal(taken, puts.want) {
+				t.Fatalf("taken %v, want %v", taken, puts.want)
+			}
+		}
+		cancel()
+		taking.Wait()
+	})
 }
 
 func TestInboxIsBounded(t *testing.T) {
@@ -221,7 +260,7 @@ func TestInboxIsBounded(t *testing.T) {
 		defer close(put)
 		b.put(nil, one)
 	}()
-	if got := len(b.take(t.Context(), 1000)); got != 1000 {
+	if got := len(b.take(t.Context(), 1, 1000)); got != 1000 {
 		t.Fatalf("Take returns %d", got)
 	}
 	<-put

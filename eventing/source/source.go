@@ -13,10 +13,10 @@ type Source interface {
 	// Run receives until ctx ends. While the broker is away it waits for it, and says so in the log.
 	Run(ctx context.Context)
 
-	// Take waits for events and returns those that have arrived, at most so many of them and about MostBytes. It returns
-	// none only when ctx has ended. Nobody else is handed them while they are neither settled nor given back, which
+	// Take waits until so many events have arrived, or MostBytes of them, and returns at most so many and about MostBytes.
+	// It returns none only when ctx has ended. Nobody else is handed them while they are neither settled nor given back, which
 	// happens when the broker takes them back or is away.
-	Take(ctx context.Context, most int) []Event
+	Take(ctx context.Context, least, most int) []Event
 
 	// Settle says that events returned by Take are done with: the broker is not to deliver them again. It may still do
 	// so, when it can't be told.

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/IBM/sarama"
+	"github.com/rcrowley/go-metrics"
 )
 
 // Settings say where Kafka is.
@@ -28,7 +29,10 @@ func (s Settings) Config() *sarama.Config {
 	return c
 }
 
-func init() { sarama.Logger = discard{} }
+func init() {
+	sarama.Logger = discard{}
+	metrics.UseNilMetrics = true // sarama keeps many, for each record and request, and nobody reads them
+}
 
 // discard keeps sarama's chatter out of the log at its usual level.
 type discard struct{}
