@@ -11,7 +11,6 @@ import (
 	ceamqp "github.com/cloudevents/sdk-go/protocol/amqp/v2"
 	"github.com/cloudevents/sdk-go/v2/binding"
 	"github.com/cloudevents/sdk-go/v2/event"
-	"github.com/google/uuid"
 )
 
 // WriteMessage makes the durable AMQP message of an event: CloudEvents' structured mode, which is the one that
@@ -49,10 +48,6 @@ func messageID(m *amqp.Message) string {
 		switch id := m.Properties.MessageID.(type) {
 		case nil:
 		case string:
-			// RabbitMQ writes a UUID in AMQP 0.9.1 as a URN, and reads that as a UUID in AMQP 1.0.
-			if u, err := uuid.Parse(id); err == nil && strings.HasPrefix(id, "urn:uuid:") {
-				return u.String()
-			}
 			if strings.TrimSpace(id) != "" {
 				return id
 			}

@@ -14,7 +14,7 @@ import (
 
 	"isobar.dev/events"
 	"isobar.dev/internal/kafka"
-	"isobar.dev/internal/rabbit"
+	"isobar.dev/internal/peer"
 )
 
 // KafkaSettings say which topic is read, as which group, and where its dead letters go.
@@ -82,7 +82,7 @@ func (k *Kafka) config() *sarama.Config {
 
 // Run is that of [Source].
 func (k *Kafka) Run(ctx context.Context) {
-	rabbit.Keep(ctx, "Kafka topic "+k.settings.Topic, func(ctx context.Context, up func()) error {
+	peer.Keep(ctx, "Kafka topic "+k.settings.Topic, func(ctx context.Context, up func()) error {
 		err := k.use(ctx, up)
 		k.state.Store(fmt.Sprint(err))
 		return err
@@ -119,7 +119,9 @@ func (k *Kafka) use(ctx context.Context, up func()) error {
 func dismiss(c io.Closer) { _ = c.Close() }
 
 // Take is that of [Source].
-func (k *Kafka) Take(ctx context.Context, least, most int) []Event { return k.inbox.take(ctx, least, most) }
+func (k *Kafka) Take(ctx context.Context, least, most int) []Event {
+	return k.inbox.take(ctx, least, most)
+}
 
 // Settle is that of [Source].
 func (k *Kafka) Settle(done []Event) { settle(done) }

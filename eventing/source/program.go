@@ -5,8 +5,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"os"
-	"runtime/debug"
 
 	"isobar.dev/internal/problem"
 	"isobar.dev/internal/serve"
@@ -31,7 +29,6 @@ func Program[S any](build func(S) (Settings, Source)) func(context.Context, S) (
 		if settings.GroupSize < 1 {
 			return nil, fmt.Errorf("GROUP_SIZE must be at least 1, not %d", settings.GroupSize)
 		}
-		tuneMemory()
 		program := &serve.Program{
 			Background: func(ctx context.Context) { Deliver(ctx, src, sink, settings.GroupSize) },
 			Close:      src.Close,
@@ -41,16 +38,6 @@ func Program[S any](build func(S) (Settings, Source)) func(context.Context, S) (
 			program.Listeners = []serve.Listener{{Addr: net.JoinHostPort(settings.Host, settings.Port), HTTP: http.HandlerFunc(nothing)}}
 		}
 		return program, nil
-	}
-}
-
-// tuneMemory lets the collector run less often than it would by default, as long as the heap is small: what a source
-// holds lives for milliseconds, and collecting it each time that a few MiB have come costs as much as delivering it.
-func tuneMemory() {
-	const percent, limit = 400, 40 << 20
-	if os.Getenv("GOGC") == "" && os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetGCPercent(percent)
-		debug.SetMemoryLimit(limit)
 	}
 }
 

@@ -81,9 +81,6 @@ func (c *Conn) Close() {
 	<-closed
 }
 
-// Keep is peer.Keep.
-var Keep = peer.Keep
-
 // ErrAway is the error of Send while there is no connection.
 var ErrAway = errors.New("RabbitMQ is away")
 
