@@ -186,8 +186,7 @@ func (b *bench) bareAccept(n int) (float64, error) {
 
 // drain measures each source with a backlog, and the bare client with one of the same size.
 func (b *bench) drain() error {
-	resume, err := b.rest(local.RabbitMQSource, local.KafkaSource)
-	if err != nil {
+	if _, err := b.rest(local.RabbitMQSource, local.KafkaSource); err != nil {
 		return err
 	}
 	before, err := b.stores.total(b.ctx, "redis")
@@ -208,7 +207,8 @@ func (b *bench) drain() error {
 		}
 		rates[i] = float64(*backlog) / time.Since(start).Seconds()
 	}
-	if resume, err = b.rest(local.RabbitMQSource); err != nil {
+	resume, err := b.rest(local.RabbitMQSource)
+	if err != nil {
 		return err
 	}
 	if _, err := b.barePublish(*backlog, false); err != nil {

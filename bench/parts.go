@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -41,7 +42,7 @@ func (all stores) close() {
 // totals are the reports counted so far.
 func (all stores) total(ctx context.Context, name string) (int, error) {
 	n, err := all[name].Get(ctx, "messages:total").Int()
-	if err == redis.Nil {
+	if errors.Is(err, redis.Nil) {
 		return 0, nil
 	}
 	return n, err
@@ -198,7 +199,7 @@ func (b *bench) probe() (accepted time.Duration, counted map[string]time.Duratio
 	before := map[string]int{}
 	for name, c := range b.stores {
 		n, err := c.HGet(b.ctx, "country:counts", country).Int()
-		if err != nil && err != redis.Nil {
+		if err != nil && !errors.Is(err, redis.Nil) {
 			return 0, nil, err
 		}
 		before[name] = n

@@ -98,7 +98,7 @@ func TestAnAttemptEndsThoughNobodyEndsIt(t *testing.T) {
 		store := k.open(t, p.Addr())
 		must(t, store.Count(t.Context(), arrivals("first", 0, 10)))
 		must(t, p.Pause())
-		defer p.Resume()
+		defer func() { must(t, p.Resume()) }()
 		start := time.Now()
 		fails(t, store.Count(context.Background(), arrivals("still", 0, 100)), false)
 		if took := time.Since(start); took > 15*time.Second {

@@ -226,7 +226,7 @@ func problemOf(t testing.TB, res *http.Response) (p problemDocument) {
 	return p
 }
 
-func post(t testing.TB, h http.Handler, ctx context.Context, header map[string]string, body string) *http.Response {
+func post(ctx context.Context, t testing.TB, h http.Handler, header map[string]string, body string) *http.Response {
 	t.Helper()
 	r := httptest.NewRequestWithContext(ctx, http.MethodPost, "/", strings.NewReader(body))
 	for name, value := range header {
@@ -259,7 +259,7 @@ type sending struct {
 
 func (s *sending) send(id, report string, status int) {
 	s.Go(func() {
-		if res := post(s.t, s.handler, s.t.Context(), binaryHeader(id), report); res.StatusCode != status {
+		if res := post(s.t.Context(), s.t, s.handler, binaryHeader(id), report); res.StatusCode != status {
 			s.t.Errorf("%s: status %d, not %d", id, res.StatusCode, status)
 		}
 	})
@@ -310,14 +310,14 @@ func TestHandlerSaysAtOnceThatTooMuchIsWaiting(t *testing.T) {
 		var senders sync.WaitGroup
 		for range 12 { // two are under way, the others wait
 			senders.Go(func() {
-				if res := post(t, h, t.Context(), map[string]string{"Content-Type": batched}, "["+small+"]"); res.StatusCode != 204 {
+				if res := post(t.Context(), t, h, map[string]string{"Content-Type": batched}, "["+small+"]"); res.StatusCode != 204 {
 					t.Errorf("status %d", res.StatusCode)
 				}
 			})
 			synctest.Wait()
 		}
 		start := time.Now()
-		res := post(t, h, t.Context(), binaryHeader("1"), sunny)
+		res := post(t.Context(), t, h, binaryHeader("1"), sunny)
 		if res.StatusCode != 503 || res.Header.Get("Retry-After") != "1" || time.Since(start) > 0 {
 			t.Errorf("status %d after %v", res.StatusCode, time.Since(start))
 		}
@@ -335,7 +335,7 @@ func TestHandlerAnswersBeforeLong(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), limit)
 				defer cancel()
 				start := time.Now()
-				res := post(t, handlerOf(t, store, 1000), ctx, binaryHeader("1"), sunny)
+				res := post(ctx, t, handlerOf(t, store, 1000), binaryHeader("1"), sunny)
 				if res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || time.Since(start) > 10*time.Second {
 					t.Errorf("status %d after %v", res.StatusCode, time.Since(start))
 				}
@@ -401,7 +401,7 @@ func TestHandlerAnswersWhenThereIsNoRoomForABody(t *testing.T) {
 		var slow sync.WaitGroup
 		never, end := io.Pipe()
 		defer slow.Wait()
-		defer end.Close()
+		defer func() { _ = end.Close() }()
 		for range 2 {
 			r := httptest.NewRequest(http.MethodPost, "/", never)
 			r.Header.Set("Content-Type", batched)
@@ -499,7 +499,7 @@ func FuzzHandler(f *testing.F) {
 		default:
 			header = map[string]string{"Content-Type": batched}
 		}
-		res := post(t, handlerOf(t, store, 1000), t.Context(), header, string(body))
+		res := post(t.Context(), t, handlerOf(t, store, 1000), header, string(body))
 		switch res.StatusCode {
 		case 204:
 			for _, all := range store.got {

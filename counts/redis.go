@@ -183,7 +183,8 @@ func (c *call) build(arrivals []events.Arrival, window string, confirm bool) []a
 	if confirm {
 		must = "1"
 	}
-	args := append(c.args[:0], nil, nil)
+	args := c.args[:0]
+	args = append(args, nil, nil)
 	args = append(args, scriptKeys...)
 	args = append(args, window, must, c.ids, c.places, len(c.countries.words))
 	for _, country := range c.countries.words {

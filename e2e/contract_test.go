@@ -92,7 +92,7 @@ func Test2AReportTravelsAsACloudEvent(t *testing.T) {
 		}
 	}
 	start(t, source)
-	counted(t, s, of(2, "GT", "Sunny"))
+	counted(t, s, sunnyInGT(2))
 }
 
 func Test3Only202IsAPromiseAndSendingAgainIsSafe(t *testing.T) {
@@ -116,7 +116,7 @@ func Test3Only202IsAPromiseAndSendingAgainIsSafe(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			counted(t, s, of(1, "GT", "Sunny"))
+			counted(t, s, sunnyInGT(1))
 		})
 	}
 }
@@ -152,7 +152,7 @@ func Test4AnIDIsCountedOnceHoweverOftenAndBroadlyItComes(t *testing.T) {
 			t.Errorf("the answer names %v", ids)
 		}
 	}
-	counted(t, s, of(60, "GT", "Sunny"))
+	counted(t, s, sunnyInGT(60))
 }
 
 func Test5WhatCanNeverBeCountedIsKeptAndHoldsNothingUp(t *testing.T) {
@@ -188,7 +188,7 @@ func Test5WhatCanNeverBeCountedIsKeptAndHoldsNothingUp(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	counted(t, s, of(1000, "GT", "Sunny"))
+	counted(t, s, sunnyInGT(1000))
 	var dead []*sarama.ConsumerMessage
 	for deadline := time.Now().Add(20 * time.Second); len(dead) == 0 && time.Now().Before(deadline); {
 		dead = records(t, kafka, "message.dead", before)
@@ -242,7 +242,7 @@ func Test6WhatIsPromisedSurvivesTheDeathOfEverything(t *testing.T) {
 	for _, p := range s.Processes() {
 		start(t, p)
 	}
-	counted(t, s, of(n, "GT", "Sunny"))
+	counted(t, s, sunnyInGT(n))
 }
 
 func TestSIGTERMUnderLoadLosesNoRequest(t *testing.T) {

@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -121,7 +122,7 @@ func (c counts) equal(d counts) bool {
 func read(ctx context.Context, store *redis.Client) (counts, error) {
 	c := counts{countries: map[string]int{}, weather: map[string]int{}}
 	total, err := store.Get(ctx, "messages:total").Int()
-	if err != nil && err != redis.Nil {
+	if err != nil && !errors.Is(err, redis.Nil) {
 		return c, err
 	}
 	c.total = total
@@ -156,9 +157,9 @@ func counted(t *testing.T, s *local.System, want counts) {
 	}
 }
 
-// of are the counts of n reports of one country and one weather.
-func of(n int, country, weather string) counts {
-	return counts{n, map[string]int{country: n}, map[string]int{weather: n}}
+// sunnyInGT are the counts of n reports like the README's.
+func sunnyInGT(n int) counts {
+	return counts{n, map[string]int{"GT": n}, map[string]int{"Sunny": n}}
 }
 
 // answer is what the ingress said.

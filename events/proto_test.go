@@ -2,6 +2,7 @@ package events
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net/url"
 	"testing"
@@ -112,7 +113,7 @@ func TestWhatIsNoCloudEventInProtobufIsMalformed(t *testing.T) {
 			m := proto.Clone(good).(*pb.CloudEvent)
 			change(m)
 			e, err := FromProto(m)
-			if _, malformed := err.(*Malformed); !malformed {
+			if _, malformed := errors.AsType[*Malformed](err); !malformed {
 				t.Errorf("read as %s, %v", e, err)
 			}
 		})

@@ -173,7 +173,7 @@ func TestRedisFailsOver(t *testing.T) {
 	putRedis(t, master.Addr(), "promised")
 
 	watcher := goredis.NewSentinelClient(&goredis.Options{Addr: sentinel.Addr()})
-	defer watcher.Close() //nolint:errcheck // it only reads
+	defer watcher.Close()
 	await(t, "the sentinel knows the replica", func() bool {
 		all, err := watcher.Replicas(t.Context(), "weather").Result()
 		return err == nil && len(all) == 1
@@ -232,7 +232,7 @@ func putKafka(t *testing.T, addr, what string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close() //nolint:errcheck // everything has been confirmed
+	defer p.Close()
 	_, _, err = p.SendMessage(&sarama.ProducerMessage{Topic: "message.dead", Value: sarama.StringEncoder(what)})
 	if err != nil {
 		t.Fatal(err)
@@ -245,12 +245,12 @@ func hasKafka(t *testing.T, addr, what string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer c.Close() //nolint:errcheck // it only reads
+	defer c.Close()
 	p, err := c.ConsumePartition("message.dead", 0, sarama.OffsetOldest)
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close() //nolint:errcheck // it only reads
+	defer p.Close()
 	select {
 	case m := <-p.Messages():
 		if string(m.Value) != what {

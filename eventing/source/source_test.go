@@ -237,7 +237,7 @@ func testPoisonLarge(t *testing.T, w *world, name string) {
 	reason := make([]byte, maxReason/2)
 	_, _ = random.Read(reason)
 	sink := record(t)
-	sink.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+	sink.Config.Handler = http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) {
 		rw.WriteHeader(http.StatusRequestEntityTooLarge)
 		fmt.Fprintf(rw, "%x", reason)
 	})

@@ -17,7 +17,7 @@ import (
 )
 
 // errKafkaAway is the error of Publish while there is no connection.
-var errKafkaAway = errors.New("Kafka is away")
+var errKafkaAway = errors.New("no connection to Kafka")
 
 // kafkaTopic is the Broker that is a topic of Kafka. It asks for the word of all in-sync replicas, and its producer is
 // idempotent. After any error that is not of one record alone the producer is given up and a new one made: sarama's

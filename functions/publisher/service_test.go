@@ -249,7 +249,7 @@ var answerCases = []struct {
 	{name: "more under way than may be", underWay: maxUnderWay, code: codes.ResourceExhausted, rest: 429, says: "too many"},
 	{name: "a broker is away", answer: func(context.Context) error {
 		return errors.Join(&brokerError{"kafka", fmt.Errorf("%w: connection refused", errKafkaAway)})
-	}, code: codes.Unavailable, broker: "kafka", rest: 503, says: "kafka: Kafka is away"},
+	}, code: codes.Unavailable, broker: "kafka", rest: 503, says: "kafka: no connection to Kafka"},
 	{name: "a broker is away because its connection timed out", answer: func(context.Context) error {
 		_, timedOut := net.DialTimeout("tcp", "127.0.0.1:1", 1)
 		return &brokerError{"rabbitmq", fmt.Errorf("%w: %w", rabbit.ErrAway, timedOut)}
