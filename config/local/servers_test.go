@@ -173,7 +173,7 @@ func TestRedisFailsOver(t *testing.T) {
 	putRedis(t, master.Addr(), "promised")
 
 	watcher := goredis.NewSentinelClient(&goredis.Options{Addr: sentinel.Addr()})
-	defer watcher.Close()
+	defer func() { _ = watcher.Close() }()
 	await(t, "the sentinel knows the replica", func() bool {
 		all, err := watcher.Replicas(t.Context(), "weather").Result()
 		return err == nil && len(all) == 1

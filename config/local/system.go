@@ -2,6 +2,7 @@ package local
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -279,7 +280,51 @@ func (s *System) startAll(ctx context.Context) error {
 			return err
 		}
 	}
+	return s.awaitBrokers(ctx)
+}
+
+// brokersPatience is how long Start waits for the programs to find their brokers. A program is ready without: this is for
+// who posts a first report at once and wants to see it counted.
+const brokersPatience = 15 * time.Second
+
+// awaitBrokers waits until the publisher and the sources are connected, and says so if one is not.
+func (s *System) awaitBrokers(ctx context.Context) error {
+	patient, cancel := context.WithTimeout(ctx, brokersPatience)
+	defer cancel()
+	for _, name := range []string{Publisher, KafkaSource, RabbitMQSource} {
+		for away := brokersAway(patient, s.Addr(name)); away != ""; away = brokersAway(patient, s.Addr(name)) {
+			select {
+			case <-patient.Done():
+				fmt.Fprintf(s.progress, "%s still waits: %s\n", name, away)
+				return ctx.Err()
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	}
 	return nil
+}
+
+// brokersAway is what a program of ours says of its peers in /readyz, unless all are connected.
+func brokersAway(ctx context.Context, addr string) string {
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+"/readyz", nil)
+	if err != nil {
+		return err.Error()
+	}
+	answer, err := http.DefaultClient.Do(r)
+	if err != nil {
+		return err.Error()
+	}
+	defer answer.Body.Close()
+	var status struct{ Peers map[string]string }
+	if err := json.NewDecoder(answer.Body).Decode(&status); err != nil {
+		return err.Error()
+	}
+	for peer, state := range status.Peers {
+		if !strings.HasPrefix(state, "connected") {
+			return peer + ": " + state
+		}
+	}
+	return ""
 }
 
 // patience is how long a server or program may take to be ready. Kafka's eight seconds are the longest on an idle machine.
