@@ -97,11 +97,20 @@ func (s *settings) writeRabbit(port int) error {
 		places += fmt.Sprintf("management.tcp.ip = %s\nmanagement.tcp.port = %d\n", host, s.management)
 		places += "management_agent.disable_metrics_collector = false\ncollect_statistics = coarse\n"
 	}
+	if s.tls.port != 0 {
+		places += fmt.Sprintf("listeners.ssl.1 = %s:%d\nssl_options.certfile = %s\nssl_options.keyfile = %s\nssl_options.verify = verify_none\n",
+			host, s.tls.port, s.tls.cert, s.tls.key)
+	}
 	// With definitions to import, RabbitMQ leaves its default user out. They can't name it: they are the cluster's too.
+	var users, permissions []any
+	for name, password := range map[string]string{RabbitUser: RabbitPassword, s.user.name: s.user.password} {
+		if name != "" {
+			users = append(users, map[string]any{"name": name, "password": password, "tags": []string{"administrator"}})
+			permissions = append(permissions, map[string]any{"user": name, "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"})
+		}
+	}
 	user, err := json.Marshal(map[string]any{
-		"users":       []any{map[string]any{"name": RabbitUser, "password": RabbitPassword, "tags": []string{"administrator"}}},
-		"vhosts":      []any{map[string]any{"name": "/"}},
-		"permissions": []any{map[string]any{"user": RabbitUser, "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}},
+		"users": users, "vhosts": []any{map[string]any{"name": "/"}}, "permissions": permissions,
 	})
 	if err != nil {
 		return err

@@ -24,6 +24,11 @@ type settings struct {
 	config         []string
 	replicaOf      string
 	management     int
+	tls            struct {
+		port      int
+		cert, key string
+	}
+	user struct{ name, password string }
 }
 
 // Named names the process; its log is then NAME.log. The default is its kind: "kafka", "redis".
@@ -44,6 +49,17 @@ func ReplicaOf(addr string) Option { return func(s *settings) { s.replicaOf = ad
 // Management switches RabbitMQ's management plugin on, its HTTP interface on 127.0.0.1 at port. It costs CPU, so it is off
 // by default. The others ignore it.
 func Management(port int) Option { return func(s *settings) { s.management = port } }
+
+// TLS opens one more port on 127.0.0.1 at which the server speaks TLS, with the certificate and the key in these PEM files.
+// Kafka's asks who logs in there, by SCRAM-SHA-512, and only knows the one of [User].
+func TLS(port int, cert, key string) Option {
+	return func(s *settings) { s.tls.port, s.tls.cert, s.tls.key = port, cert, key }
+}
+
+// User gives Kafka and RabbitMQ a user with all rights. The others ignore it.
+func User(name, password string) Option {
+	return func(s *settings) { s.user.name, s.user.password = name, password }
+}
 
 func gather(dir, kind string, options []Option) *settings {
 	s := &settings{kind: kind, dir: dir}

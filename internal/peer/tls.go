@@ -1,0 +1,88 @@
+package peer
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+)
+
+// TLS says how the connections to a peer are secured.
+type TLS struct {
+	Peer   string // as advice calls it: "Kafka", "the store"
+	Prefix string // of the variables of On and CAFile: "KAFKA_" for KAFKA_TLS and KAFKA_CA_FILE
+	On     bool
+	CAFile string // PEM; the system's authorities without it
+}
+
+// Config returns what connections are made with, nil without TLS. It reads the file anew each time, so that an authority
+// that was renewed is known by the next connection. Its error names the variable that is wrong.
+func (t TLS) Config() (*tls.Config, error) {
+	if !t.On {
+		if t.CAFile != "" {
+			return nil, fmt.Errorf("%[1]sTLS must be true when %[1]sCA_FILE is set", t.Prefix)
+		}
+		return nil, nil
+	}
+	config := &tls.Config{MinVersion: tls.VersionTLS12}
+	if t.CAFile != "" {
+		pem, err := os.ReadFile(t.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("%sCA_FILE can't be read: %w", t.Prefix, err)
+		}
+		config.RootCAs = x509.NewCertPool()
+		if !config.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("%sCA_FILE must be certificates in PEM, which %s is not", t.Prefix, t.CAFile)
+		}
+	}
+	return config, nil
+}
+
+// Advice says what to do about an error of a connection, or nothing if that is not known, and whether the error lasts:
+// whether it will not pass until somebody changes something.
+func (t TLS) Advice(err error) (advice string, lasting bool) {
+	var notTLS tls.RecordHeaderError
+	var unknown x509.UnknownAuthorityError
+	var host x509.HostnameError
+	var invalid x509.CertificateInvalidError
+	closed := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET)
+	late := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded)
+	const noTLS = "speak no TLS at this port: unset $TLS or give its TLS port"
+	switch {
+	case errors.As(err, &notTLS):
+		advice, lasting = "$PEER does not "+noTLS, true
+	case errors.As(err, &unknown):
+		advice, lasting = "$CA_FILE must hold the authority that has signed $PEER's certificate", true
+	case errors.As(err, &host):
+		advice, lasting = "$PEER must be called by a name that its certificate holds", true
+	case errors.As(err, &invalid):
+		advice, lasting = "$PEER's certificate must be renewed or replaced", true
+	case closed && t.On:
+		advice = "$PEER closed the connection; if it always does, it may " + noTLS
+	case closed:
+		advice = "$PEER closed the connection; if it always does, it may want $TLS"
+	case late && t.On:
+		advice = "$PEER did not answer in time; if it never does, it may " + noTLS
+	case late:
+		advice = "$PEER did not answer in time"
+	}
+	return strings.NewReplacer("$PEER", t.Peer, "$", t.Prefix).Replace(advice), lasting
+}
+
+// CheckAddr returns an error unless addr is HOST:PORT.
+func CheckAddr(addr string) error {
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return err
+	}
+	if host == "" || port == "" {
+		return errors.New(addr + " lacks one of them")
+	}
+	return nil
+}
