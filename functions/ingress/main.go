@@ -6,6 +6,7 @@ import (
 	"net"
 
 	"isobar.dev/events/api"
+	"isobar.dev/internal/peer"
 	"isobar.dev/internal/serve"
 )
 
@@ -13,13 +14,19 @@ type settings struct {
 	Host      string `env:"HOST"` // the address to listen on; all of them if empty
 	Port      string `env:"PORT" envDefault:"8080"`
 	Publisher string `env:"PUBLISHER_ADDR,required,notEmpty"` // HOST:PORT
-	GroupSize int    `env:"GROUP_SIZE" envDefault:"500"`      // most reports in one call; 1 gives each request its own
+	TLS       bool   `env:"PUBLISHER_TLS"`
+	CAFile    string `env:"PUBLISHER_CA_FILE"`           // PEM; the system's authorities without it
+	GroupSize int    `env:"GROUP_SIZE" envDefault:"500"` // most reports in one call; 1 gives each request its own
+}
+
+func (s settings) secure() peer.TLS {
+	return peer.TLS{Peer: "the publisher", Prefix: "PUBLISHER_", On: s.TLS, CAFile: s.CAFile}
 }
 
 func main() { serve.Main("ingress", build) }
 
 func build(_ context.Context, s settings) (*serve.Program, error) {
-	p, err := newPublisher(s.Publisher, s.GroupSize)
+	p, err := newPublisher(s.Publisher, s.secure(), s.GroupSize)
 	if err != nil {
 		return nil, err
 	}

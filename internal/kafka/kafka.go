@@ -4,7 +4,9 @@ package kafka
 import (
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/IBM/sarama"
@@ -64,6 +66,21 @@ func (s Settings) Config() (*sarama.Config, error) {
 	c.Metadata.RefreshFrequency = time.Minute
 	c.Metadata.AllowAutoTopicCreation = false
 	return c, nil
+}
+
+// Explain returns an error of a client with what to do about it, where that is known.
+func (s Settings) Explain(err error) error {
+	anonymous := s.Username == ""
+	switch {
+	case errors.Is(err, sarama.ErrSASLAuthenticationFailed):
+		return fmt.Errorf("%w: KAFKA_PASSWORD is wrong, or KAFKA_USERNAME", err)
+	case !anonymous && errors.Is(err, sarama.ErrOutOfBrokers) && strings.HasSuffix(err.Error(), sarama.ErrOutOfBrokers.Error()):
+		// sarama tells every reason but this one: that the broker does not begin a login.
+		return fmt.Errorf("%w: Kafka may not offer SCRAM-SHA-512 at this port, or want no user: then unset KAFKA_USERNAME and KAFKA_PASSWORD", err)
+	case anonymous && errors.Is(err, io.EOF):
+		return fmt.Errorf("%w, or it may want KAFKA_USERNAME and KAFKA_PASSWORD", s.tls().Explain(err))
+	}
+	return s.tls().Explain(err)
 }
 
 // login is sarama's view of a login. The client is shared: it knows what it has derived from the password, which takes

@@ -53,10 +53,10 @@ func (t TLS) Advice(err error) (advice string, lasting bool) {
 	var invalid x509.CertificateInvalidError
 	closed := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET)
 	late := errors.Is(err, context.DeadlineExceeded) || errors.Is(err, os.ErrDeadlineExceeded)
-	const noTLS = "speak no TLS at this port: unset $TLS or give its TLS port"
+	const noTLS = " no TLS at this port: unset $TLS or give its TLS port"
 	switch {
 	case errors.As(err, &notTLS):
-		advice, lasting = "$PEER does not "+noTLS, true
+		advice, lasting = "$PEER speaks"+noTLS, true
 	case errors.As(err, &unknown):
 		advice, lasting = "$CA_FILE must hold the authority that has signed $PEER's certificate", true
 	case errors.As(err, &host):
@@ -64,15 +64,23 @@ func (t TLS) Advice(err error) (advice string, lasting bool) {
 	case errors.As(err, &invalid):
 		advice, lasting = "$PEER's certificate must be renewed or replaced", true
 	case closed && t.On:
-		advice = "$PEER closed the connection; if it always does, it may " + noTLS
+		advice = "$PEER closed the connection; if it always does, it may speak" + noTLS
 	case closed:
 		advice = "$PEER closed the connection; if it always does, it may want $TLS"
 	case late && t.On:
-		advice = "$PEER did not answer in time; if it never does, it may " + noTLS
+		advice = "$PEER did not answer in time; if it never does, it may speak" + noTLS
 	case late:
 		advice = "$PEER did not answer in time"
 	}
 	return strings.NewReplacer("$PEER", t.Peer, "$", t.Prefix).Replace(advice), lasting
+}
+
+// Explain returns err with the advice on it.
+func (t TLS) Explain(err error) error {
+	if advice, _ := t.Advice(err); advice != "" {
+		return fmt.Errorf("%w: %s", err, advice)
+	}
+	return err
 }
 
 // CheckAddr returns an error unless addr is HOST:PORT.
