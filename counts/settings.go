@@ -1,7 +1,9 @@
 package counts
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"strings"
 	"time"
 
@@ -69,8 +71,8 @@ func (s *Settings) options(prefix string) (*redis.UniversalOptions, error) {
 	case s.MinReplicas < 0:
 		return nil, wrong("MIN_REPLICAS", "must not be below 0, like %d", s.MinReplicas)
 	}
-	tlsConfig, err := s.tls(prefix).Config()
-	if err != nil {
+	secure := s.tls(prefix)
+	if _, err := secure.Config(); err != nil {
 		return nil, err
 	}
 	return &redis.UniversalOptions{
@@ -80,7 +82,9 @@ func (s *Settings) options(prefix string) (*redis.UniversalOptions, error) {
 		Password:         s.Password,
 		SentinelUsername: s.SentinelUsername,
 		SentinelPassword: s.SentinelPassword,
-		TLSConfig:        tlsConfig,
+		Dialer: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return secure.Dial(ctx, addr, dialTimeout)
+		},
 
 		// A single retry is for a connection that broke while it was idle. Waiting any longer is the caller's, who is
 		// told 503: then it is known that the store is away.

@@ -38,6 +38,14 @@ func TestTLSAndACLUser(t *testing.T) {
 		must(t, k.openWith(t, right, time.Hour).Count(t.Context(), arrivals("tls", 0, 100)))
 		expect(t, look(t, p.Addr()), sum(arrivals("tls", 0, 100)))
 
+		t.Run("an authority that is renewed is known without a restart", func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "ca.pem")
+			other.Copy(t, file)
+			store := k.openWith(t, with(func(s *counts.Settings) { s.CAFile = file }), time.Hour)
+			fails(t, store.Count(t.Context(), arrivals("refused", 0, 1)), true, prefix+"_CA_FILE")
+			ca.Copy(t, file)
+			must(t, store.Count(t.Context(), arrivals("tls", 0, 1))) // which has been counted before
+		})
 		misnamed, _ := server(time.Now().Add(time.Hour), "192.0.2.1")
 		expired, _ := server(time.Now().Add(-time.Hour), "127.0.0.1")
 		for _, c := range []struct {

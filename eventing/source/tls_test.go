@@ -55,8 +55,8 @@ func TestTLS(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			plain := line{addr: kind.start(t, local.TLS(port, cert, key), local.User("isobar", "päss word")).Addr()}
-			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss word"}
+			plain := line{addr: kind.start(t, local.TLS(port, cert, key), local.User("isobar", "päss\u00a0word")).Addr()}
+			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss\u00a0word"}
 			with := func(change func(*line)) line {
 				l := right
 				change(&l)
@@ -89,7 +89,7 @@ func TestTLS(t *testing.T) {
 				{"TLS where there is none", with(func(l *line) { l.addr = plain.addr }), "no TLS at this port: unset $TLS", false},
 				{"no TLS where there is", with(func(l *line) { l.tls, l.ca = false, "" }), "it may want $TLS", false},
 				{"nobody where one must log in", with(func(l *line) { l.user, l.password = "", "" }), "$USERNAME", true},
-				{"somebody where nobody logs in", line{plain.addr, false, "", "isobar", "päss word"}, "unset $USERNAME", true},
+				{"somebody where nobody logs in", line{plain.addr, false, "", "isobar", "päss\u00a0word"}, "unset $USERNAME", true},
 			} {
 				if c.only && !kind.anonymous {
 					continue

@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http/httptest"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -45,21 +44,12 @@ func TestTLS(t *testing.T) {
 	})
 	t.Run("an authority that is renewed is known without a restart", func(t *testing.T) {
 		file := filepath.Join(t.TempDir(), "ca.pem")
-		write := func(of *authority.Authority) {
-			b, err := os.ReadFile(of.File)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if err := os.WriteFile(file, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
-		}
-		write(other)
+		other.Copy(t, file)
 		p := openTLS(t, secure, settings{TLS: true, CAFile: file}.secure(), 500)
 		if err := p.publish(t.Context(), reports("refused-", 1)); err == nil {
 			t.Fatal("published to somebody unknown")
 		}
-		write(ours)
+		ours.Copy(t, file)
 		await(t, "a report that is published", func() bool { return p.publish(t.Context(), reports("renewed-", 1)) == nil })
 	})
 	for _, c := range []struct {

@@ -46,8 +46,8 @@ func TestTLS(t *testing.T) {
 			ours, other := authority.New(t), authority.New(t)
 			cert, key := ours.Sign(t, "127.0.0.1", time.Now().Add(time.Hour))
 			port := freePort(t)
-			plain := kind.start(t, local.TLS(port, cert, key), local.User("isobar", "päss word")).Addr()
-			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss word"}
+			plain := kind.start(t, local.TLS(port, cert, key), local.User("isobar", "päss\u00a0word")).Addr()
+			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss\u00a0word"}
 			with := func(change func(*line)) line {
 				l := right
 				change(&l)
@@ -64,10 +64,10 @@ func TestTLS(t *testing.T) {
 			})
 			t.Run("an authority that is renewed is known without a restart", func(t *testing.T) {
 				file := filepath.Join(t.TempDir(), "ca.pem")
-				copyFile(t, other.File, file)
+				other.Copy(t, file)
 				b := open(t, with(func(l *line) { l.ca = file }))
 				away(t, b, kind.prefix+"CA_FILE")
-				copyFile(t, ours.File, file)
+				ours.Copy(t, file)
 				insist(t, b, reports("renewed", 1)...)
 			})
 			for _, c := range []struct {
@@ -84,7 +84,7 @@ func TestTLS(t *testing.T) {
 				{"TLS where there is none", with(func(l *line) { l.addr = plain }), "no TLS at this port: unset $TLS", false},
 				{"no TLS where there is", with(func(l *line) { l.tls, l.ca = false, "" }), "it may want $TLS", false},
 				{"nobody where one must log in", with(func(l *line) { l.user, l.password = "", "" }), "$USERNAME", true},
-				{"somebody where nobody logs in", line{plain, false, "", "isobar", "päss word"}, "unset $USERNAME", true},
+				{"somebody where nobody logs in", line{plain, false, "", "isobar", "päss\u00a0word"}, "unset $USERNAME", true},
 			} {
 				if c.only && !kind.anonymous {
 					continue
@@ -119,17 +119,6 @@ func away(t *testing.T, b Broker, says string) {
 	}
 	if err == nil || !strings.Contains(err.Error(), says) {
 		t.Errorf("the error is %v, not %q", err, says)
-	}
-}
-
-func copyFile(t *testing.T, from, to string) {
-	t.Helper()
-	b, err := os.ReadFile(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(to, b, 0o600); err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -61,6 +61,14 @@ func (a *Authority) Sign(t testing.TB, ip string, until time.Time) (cert, key st
 	return a.write(t, name+".crt", "CERTIFICATE", der), a.write(t, name+".key", "PRIVATE KEY", pkcs8)
 }
 
+// Copy makes a file hold the authority, whatever was in it.
+func (a *Authority) Copy(t testing.TB, file string) {
+	t.Helper()
+	pem, err := os.ReadFile(a.File)
+	must(t, err)
+	must(t, os.WriteFile(file, pem, 0o600))
+}
+
 func (a *Authority) write(t testing.TB, name, kind string, der []byte) string {
 	t.Helper()
 	path := filepath.Join(a.dir, name)

@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"syscall"
+	"time"
 )
 
 // TLS says how the connections to a peer are secured.
@@ -42,6 +43,19 @@ func (t TLS) Config() (*tls.Config, error) {
 		}
 	}
 	return config, nil
+}
+
+// Dial connects to HOST:PORT, within the timeout all in all.
+func (t TLS) Dial(ctx context.Context, addr string, timeout time.Duration) (net.Conn, error) {
+	config, err := t.Config()
+	if err != nil {
+		return nil, err
+	}
+	dialer := &net.Dialer{Timeout: timeout}
+	if config == nil {
+		return dialer.DialContext(ctx, "tcp", addr)
+	}
+	return (&tls.Dialer{NetDialer: dialer, Config: config}).DialContext(ctx, "tcp", addr)
 }
 
 // Advice says what to do about an error of a connection, or nothing if that is not known, and whether the error lasts:

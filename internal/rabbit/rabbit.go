@@ -4,7 +4,6 @@ package rabbit
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -77,18 +76,7 @@ type Conn struct {
 
 // Connect opens the connection below AMQP. The caller closes it.
 func Connect(ctx context.Context, s Settings) (net.Conn, error) {
-	config, err := s.tls().Config()
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
-	defer cancel()
-	var conn net.Conn
-	if config == nil {
-		conn, err = new(net.Dialer).DialContext(ctx, "tcp", s.Addr)
-	} else {
-		conn, err = (&tls.Dialer{Config: config}).DialContext(ctx, "tcp", s.Addr)
-	}
+	conn, err := s.tls().Dial(ctx, s.Addr, connectTimeout)
 	if err != nil {
 		return nil, fmt.Errorf("connect to RabbitMQ at %s: %w", s.Addr, err)
 	}
