@@ -98,6 +98,10 @@ func (s *settings) writeRabbit(port int) error {
 		places += fmt.Sprintf("management.tcp.ip = %s\nmanagement.tcp.port = %d\n", loopback, s.management)
 		places += "management_agent.disable_metrics_collector = false\ncollect_statistics = coarse\n"
 	}
+	if s.tls.port != 0 {
+		places += fmt.Sprintf("listeners.ssl.1 = %s:%d\nssl_options.certfile = %s\nssl_options.keyfile = %s\nssl_options.verify = verify_none\n",
+			s.host, s.tls.port, s.tls.cert, s.tls.key)
+	}
 	// With definitions to import, RabbitMQ leaves its default user out. They can't name it: they are the cluster's too.
 	name, password := s.rabbitLogin()
 	user, err := json.Marshal(map[string]any{

@@ -41,7 +41,11 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 		if o.replicaOf != "" {
 			role = "replicaof " + strings.Replace(o.replicaOf, ":", " ", 1)
 		}
-		config, err := o.writeOnce(o.kind+".conf", redisConf, access, role, o.additions())
+		secure := ""
+		if o.tls.port != 0 {
+			secure = fmt.Sprintf("tls-port %d\ntls-cert-file %s\ntls-key-file %s\ntls-auth-clients no", o.tls.port, o.tls.cert, o.tls.key)
+		}
+		config, err := o.writeOnce(o.kind+".conf", redisConf, access, role, secure, o.additions())
 		return Spec{
 			Path:  filepath.Join(tree.bin, program),
 			Args:  []string{config, "--port", strconv.Itoa(port), "--dir", o.dir},

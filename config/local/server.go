@@ -27,6 +27,10 @@ type settings struct {
 	config         []string
 	replicaOf      string
 	management     int
+	tls            struct {
+		port      int
+		cert, key string
+	}
 }
 
 // Named names the process; its log is then NAME.log. The default is its kind: "kafka", "redis".
@@ -49,13 +53,19 @@ func ReplicaOf(addr string) Option { return func(s *settings) { s.replicaOf = ad
 func Management(port int) Option { return func(s *settings) { s.management = port } }
 
 // On makes the server listen on another address of this machine, for clients that are not on it. They should need a
-// password then: see [Login].
+// login then: see [Login].
 func On(host string) Option { return func(s *settings) { s.host = host } }
 
-// Login sets the password that a Redis or Valkey wants from then on, and the name and password of RabbitMQ's
-// administrator, which are guest and guest otherwise. Kafka ignores it.
+// Login is who may do everything: the only user of Kafka's TLS port, RabbitMQ's administrator in place of guest, the
+// default user of Redis and Valkey, who has no password otherwise and whose name does not matter.
 func Login(user, password string) Option {
 	return func(s *settings) { s.user, s.password = user, password }
+}
+
+// TLS opens one more port at which the server speaks TLS, with the certificate and the key in these PEM files. Kafka's asks
+// who logs in there, by SCRAM-SHA-512.
+func TLS(port int, cert, key string) Option {
+	return func(s *settings) { s.tls.port, s.tls.cert, s.tls.key = port, cert, key }
 }
 
 func gather(dir, kind string, options []Option) *settings {
