@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"isobar.dev/eventing/store"
 )
 
 //go:embed redis.conf
@@ -37,7 +39,7 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 		if o.replicaOf != "" {
 			role = "replicaof " + strings.Replace(o.replicaOf, ":", " ", 1)
 		}
-		config, err := o.writeOnce(o.kind+".conf", redisConf, role, o.additions())
+		config, err := o.writeOnce(o.kind+".conf", store.Config, redisConf, role, o.additions())
 		return Spec{
 			Path:  filepath.Join(tree.bin, program),
 			Args:  []string{config, "--port", strconv.Itoa(port), "--dir", o.dir},
