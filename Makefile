@@ -9,7 +9,7 @@ GOLANGCI := go run github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.
 
 .PHONY: help
 help: ## show the targets
-	@awk 'BEGIN {FS = ":.*## "} /^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^## / {printf "\n%s\n", substr($$0, 4)} /^[a-z0-9-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 ## Run
 
@@ -22,6 +22,19 @@ run: ## start the servers and all programs on this machine; Ctrl-C stops them
 .PHONY: clean
 clean: ## remove what make run has left: data, logs, programs
 	rm -rf .isobar
+
+## Deploy
+
+CONFIG ?= config
+PLATFORMS ?=
+
+.PHONY: images
+images: tools ## push the programs' images to KO_DOCKER_REPO and write deploy/: CONFIG (config, config/adapters, …) with them
+	@PATH="$(abspath .isobar/tools):$$PATH" PLATFORMS=$(PLATFORMS) config/images.sh $(CONFIG)
+
+.PHONY: release
+release: PLATFORMS := linux/amd64,linux/arm64
+release: images ## make images, for amd64 and arm64
 
 ## Check
 
@@ -38,6 +51,16 @@ test: servers ## run all tests, on real servers, with the race detector
 chaos: servers ## the long test: everything is killed in turn, nothing is lost or counted twice
 	CHAOS=long go test -count 1 -timeout 2h -run TestChaos -v ./e2e
 
+# What the configuration is made and checked with; its versions are part of what was tried.
+.PHONY: tools
+tools: ## put ko and kubeconform into .isobar/tools
+	@GOBIN=$(abspath .isobar/tools) go install github.com/google/ko@v0.18.1
+	@GOBIN=$(abspath .isobar/tools) go install github.com/yannh/kubeconform/cmd/kubeconform@v0.8.0
+
+.PHONY: e2e
+e2e: servers tools ## prove it on the cluster that KUBECONFIG names; RUN=... picks tests
+	@PATH="$(abspath .isobar/tools):$$PATH" E2E=1 go test -count 1 -timeout 75m -v $(if $(RUN),-run '$(RUN)') ./e2e/knative
+
 .PHONY: bench
 bench: servers ## measure the speed, into bench.json
 	go run ./bench
@@ -48,7 +71,7 @@ lint: ## check Go, shell and the gRPC contract
 	go vet ./...
 	$(STATICCHECK) ./...
 	$(GOLANGCI) run ./...
-	shellcheck .ci/run proto/buf.sh eventing/secrets.sh
+	shellcheck .ci/run config/*.sh config/load/*.sh eventing/*.sh proto/buf.sh
 	proto/buf.sh lint
 
 .PHONY: proto

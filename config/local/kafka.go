@@ -47,7 +47,7 @@ func Kafka(dir string, port int, options ...Option) *Process {
 		if err := copyFormatted(filepath.Join(home, "formatted"), data); err != nil {
 			return Spec{}, err
 		}
-		addr := net.JoinHostPort(host, strconv.Itoa(port))
+		addr := net.JoinHostPort(o.host, strconv.Itoa(port))
 		config, err := o.write("kafka.properties", kafkaProperties, kafkaPlaces(data, addr, controller), o.additions())
 		if err != nil {
 			return Spec{}, err
@@ -76,13 +76,13 @@ listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d
 advertised.listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d
 controller.quorum.voters=1@%[2]s:%[3]d
 log.dirs=%[4]s
-`, addr, host, controller, data)
+`, addr, loopback, controller, data)
 }
 
 // formatKafka makes dir the data of an empty Kafka.
 func formatKafka(ctx context.Context, home, dir string) error {
 	config := filepath.Join(home, "format.properties")
-	text := kafkaProperties + kafkaPlaces(dir, net.JoinHostPort(host, "9092"), 9093)
+	text := kafkaProperties + kafkaPlaces(dir, net.JoinHostPort(loopback, "9092"), 9093)
 	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
 		return err
 	}

@@ -14,8 +14,8 @@ import (
 	"time"
 )
 
-// host is where everything listens: nothing here is meant for anybody outside this machine.
-const host = "127.0.0.1"
+// loopback is where everything listens: nothing here is meant for anybody outside this machine, unless it is said.
+const loopback = "127.0.0.1"
 
 var given struct {
 	sync.Mutex
@@ -33,7 +33,7 @@ func FreePort() (int, error) {
 	}
 	for range 1000 {
 		port := 15000 + rand.IntN(17000)
-		if !given.ports[port] && portFree(net.JoinHostPort(host, strconv.Itoa(port))) == nil {
+		if !given.ports[port] && portFree(net.JoinHostPort(loopback, strconv.Itoa(port))) == nil {
 			given.ports[port] = true
 			return port, nil
 		}

@@ -2,6 +2,7 @@ package local
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	_ "embed"
 	"encoding/json"
@@ -65,7 +66,7 @@ func RabbitMQ(dir string, port int, options ...Option) *Process {
 				"ROOTDIR=" + erlang, "BINDIR=" + tree.bin, "EMU=beam", "PROGNAME=erl", "ERL_LIBS=" + filepath.Join(home, "plugins"),
 				"HOME=" + o.dir, "LANG=C.UTF-8", "ERL_CRASH_DUMP=" + filepath.Join(o.dir, "erl_crash.dump"),
 				"ERL_MAX_PORTS=65536", "ERL_MAX_ETS_TABLES=50000",
-				"ERL_EPMD_ADDRESS=" + host, "ERL_EPMD_PORT=1", // nobody is there: another's epmd must not hear of this node
+				"ERL_EPMD_ADDRESS=" + loopback, "ERL_EPMD_PORT=1", // nobody is there: another's epmd must not hear of this node
 				"RABBITMQ_HOME=" + home, "RABBITMQ_NODENAME=isobar@localhost", "RABBITMQ_BASE=" + o.dir,
 				"RABBITMQ_MNESIA_BASE=" + filepath.Join(o.dir, "data"), "RABBITMQ_LOGS=-",
 				"RABBITMQ_LOG_BASE=" + o.dir, "RABBITMQ_GENERATED_CONFIG_DIR=" + filepath.Join(o.dir, "generated"),
@@ -75,7 +76,7 @@ func RabbitMQ(dir string, port int, options ...Option) *Process {
 			},
 			Dir: o.dir,
 			Ready: func(ctx context.Context) error {
-				if err := rabbitReady(ctx, net.JoinHostPort(host, strconv.Itoa(port))); err != nil {
+				if err := o.rabbitReady(ctx, net.JoinHostPort(o.host, strconv.Itoa(port))); err != nil {
 					return err
 				}
 				return o.queuesOnDisk()
@@ -90,18 +91,19 @@ func (s *settings) writeRabbit(port int) error {
 		return err
 	}
 	places := fmt.Sprintf("listeners.tcp.1 = %s:%d\ndefinitions.import_backend = local_filesystem\ndefinitions.local.path = %s\n",
-		host, port, imports)
+		s.host, port, imports)
 	var plugins []string
 	if s.management != 0 {
 		plugins = append(plugins, "rabbitmq_management")
-		places += fmt.Sprintf("management.tcp.ip = %s\nmanagement.tcp.port = %d\n", host, s.management)
+		places += fmt.Sprintf("management.tcp.ip = %s\nmanagement.tcp.port = %d\n", loopback, s.management)
 		places += "management_agent.disable_metrics_collector = false\ncollect_statistics = coarse\n"
 	}
 	// With definitions to import, RabbitMQ leaves its default user out. They can't name it: they are the cluster's too.
+	name, password := s.rabbitLogin()
 	user, err := json.Marshal(map[string]any{
-		"users":       []any{map[string]any{"name": RabbitUser, "password": RabbitPassword, "tags": []string{"administrator"}}},
+		"users":       []any{map[string]any{"name": name, "password": password, "tags": []string{"administrator"}}},
 		"vhosts":      []any{map[string]any{"name": "/"}},
-		"permissions": []any{map[string]any{"user": RabbitUser, "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}},
+		"permissions": []any{map[string]any{"user": name, "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}},
 	})
 	if err != nil {
 		return err
@@ -147,13 +149,18 @@ func (s *settings) queuesOnDisk() error {
 	return nil
 }
 
-func rabbitReady(ctx context.Context, addr string) error {
+// rabbitLogin is the administrator's name and password.
+func (s *settings) rabbitLogin() (name, password string) {
+	return cmp.Or(s.user, RabbitUser), cmp.Or(s.password, RabbitPassword)
+}
+
+func (s *settings) rabbitReady(ctx context.Context, addr string) error {
 	if err := connects(ctx, addr); err != nil {
 		return err // cheaper than what follows
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	c, err := amqp.Dial("amqp://"+addr, amqp.ConnSASLPlain(RabbitUser, RabbitPassword), amqp.ConnConnectTimeout(dialTimeout))
+	c, err := amqp.Dial("amqp://"+addr, amqp.ConnSASLPlain(s.rabbitLogin()), amqp.ConnConnectTimeout(dialTimeout))
 	if err != nil {
 		return err
 	}

@@ -35,15 +35,19 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 		if err != nil {
 			return Spec{}, err
 		}
+		access := "bind " + o.host
+		if o.password != "" {
+			access += "\nrequirepass " + o.password
+		}
 		role := ""
 		if o.replicaOf != "" {
 			role = "replicaof " + strings.Replace(o.replicaOf, ":", " ", 1)
 		}
-		config, err := o.writeOnce(o.kind+".conf", store.Config, redisConf, role, o.additions())
+		config, err := o.writeOnce(o.kind+".conf", store.Config, redisConf, access, role, o.additions())
 		return Spec{
 			Path:  filepath.Join(tree.bin, program),
 			Args:  []string{config, "--port", strconv.Itoa(port), "--dir", o.dir},
-			Ready: ping(port),
+			Ready: o.ping(port),
 		}, err
 	})
 }
@@ -62,11 +66,11 @@ func Sentinel(dir string, port int, name, addr string, options ...Option) *Proce
 sentinel monitor %[2]s %[3]s 1
 sentinel down-after-milliseconds %[2]s 1000
 sentinel failover-timeout %[2]s 5000
-`, host, name, strings.Replace(addr, ":", " ", 1)), o.additions())
+`, o.host, name, strings.Replace(addr, ":", " ", 1)), o.additions())
 		return Spec{
 			Path:  filepath.Join(tree.bin, "redis-server"),
 			Args:  []string{config, "--sentinel", "--port", strconv.Itoa(port), "--dir", o.dir},
-			Ready: ping(port),
+			Ready: o.ping(port),
 		}, err
 	})
 }
@@ -84,18 +88,28 @@ func RedisCLI() string {
 }
 
 // ping asks a Redis or Valkey whether it can answer: while it loads its data it answers with an error.
-func ping(port int) func(context.Context) error {
+func (s *settings) ping(port int) func(context.Context) error {
 	return func(ctx context.Context) error {
-		c, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+		c, err := (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "tcp", net.JoinHostPort(s.host, strconv.Itoa(port)))
 		if err != nil {
 			return err
 		}
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(dialTimeout))
-		if _, err := c.Write([]byte("PING\r\n")); err != nil {
+		ask := bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c))
+		if s.password != "" {
+			fmt.Fprintf(ask, "AUTH %s\r\n", s.password)
+		}
+		fmt.Fprintf(ask, "PING\r\n")
+		if err := ask.Flush(); err != nil {
 			return err
 		}
-		line, err := bufio.NewReader(c).ReadString('\n')
+		if s.password != "" {
+			if _, err := ask.ReadString('\n'); err != nil {
+				return err
+			}
+		}
+		line, err := ask.ReadString('\n')
 		if err == nil && !strings.HasPrefix(line, "+PONG") {
 			err = fmt.Errorf("PING answered %q", strings.TrimSpace(line))
 		}

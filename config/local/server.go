@@ -1,6 +1,7 @@
 // Package local runs the real Kafka, RabbitMQ, Redis and Valkey, and the whole of Isobar with them, on one machine without
 // containers: for `make run`, for tests and for benchmarks. [Install] fetches the servers, [Kafka], [RabbitMQ], [Redis] and
-// [Valkey] are one [Process] each, and a [System] is all of it together. Everything listens on 127.0.0.1 only.
+// [Valkey] are one [Process] each, and a [System] is all of it together. Everything listens on 127.0.0.1, but for a server
+// that is told another address with [On].
 package local
 
 import (
@@ -21,6 +22,8 @@ type Option func(*settings)
 
 type settings struct {
 	kind, dir, log string
+	host           string
+	user, password string
 	config         []string
 	replicaOf      string
 	management     int
@@ -45,8 +48,18 @@ func ReplicaOf(addr string) Option { return func(s *settings) { s.replicaOf = ad
 // by default. The others ignore it.
 func Management(port int) Option { return func(s *settings) { s.management = port } }
 
+// On makes the server listen on another address of this machine, for clients that are not on it. They should need a
+// password then: see [Login].
+func On(host string) Option { return func(s *settings) { s.host = host } }
+
+// Login sets the password that a Redis or Valkey wants from then on, and the name and password of RabbitMQ's
+// administrator, which are guest and guest otherwise. Kafka ignores it.
+func Login(user, password string) Option {
+	return func(s *settings) { s.user, s.password = user, password }
+}
+
 func gather(dir, kind string, options []Option) *settings {
-	s := &settings{kind: kind, dir: dir}
+	s := &settings{kind: kind, dir: dir, host: loopback}
 	if abs, err := filepath.Abs(dir); err == nil { // the servers' working directories are their own
 		s.dir = abs
 	}
@@ -85,7 +98,7 @@ func (s *settings) additions() string { return strings.Join(s.config, "\n") + "\
 func server(s *settings, port int, spec func(ctx context.Context, port int) (Spec, error)) *Process {
 	p := &Process{name: s.kind, log: s.log, port: port}
 	if port != 0 {
-		p.addr = net.JoinHostPort(host, strconv.Itoa(port))
+		p.addr = net.JoinHostPort(s.host, strconv.Itoa(port))
 	}
 	p.prepare = func(ctx context.Context, port int) (Spec, error) {
 		if port == 0 {
@@ -96,7 +109,7 @@ func server(s *settings, port int, spec func(ctx context.Context, port int) (Spe
 			p.port = port
 		}
 		sp, err := spec(ctx, port)
-		sp.Name, sp.Log, sp.Addr = s.kind, s.log, net.JoinHostPort(host, strconv.Itoa(port))
+		sp.Name, sp.Log, sp.Addr = s.kind, s.log, net.JoinHostPort(s.host, strconv.Itoa(port))
 		return sp, err
 	}
 	return p

@@ -118,6 +118,41 @@ func TestTwoOfAKindRunAtOnce(t *testing.T) {
 	}
 }
 
+func TestOnAnotherAddressWithALogin(t *testing.T) {
+	refused := map[Kind]func(addr string) error{
+		KafkaKind: nil, // it has no login
+		RabbitMQKind: func(addr string) error {
+			c, err := amqp.Dial("amqp://"+addr, amqp.ConnSASLPlain(RabbitUser, RabbitPassword))
+			if err == nil {
+				c.Close()
+			}
+			return err
+		},
+		RedisKind: func(addr string) error { return pingRedis(t, addr) }, ValkeyKind: func(addr string) error { return pingRedis(t, addr) },
+	}
+	for kind, server := range servers {
+		t.Run(string(kind), func(t *testing.T) {
+			p := server.start(t, On("127.0.0.2"), Login("operator", "secret")) // ready: it takes the login
+			host, port, err := net.SplitHostPort(p.Addr())
+			if err != nil || host != "127.0.0.2" {
+				t.Errorf("it is at %s", p.Addr())
+			}
+			if connects(t.Context(), net.JoinHostPort(loopback, port)) == nil {
+				t.Error("it is on 127.0.0.1 too")
+			}
+			if without := refused[kind]; without != nil && without(p.Addr()) == nil {
+				t.Error("it takes who has no login")
+			}
+		})
+	}
+}
+
+func pingRedis(t *testing.T, addr string) error {
+	c := goredis.NewClient(&goredis.Options{Addr: addr})
+	defer c.Close()
+	return c.Ping(t.Context()).Err()
+}
+
 func TestRabbitMQ(t *testing.T) {
 	web, err := FreePort()
 	if err != nil {
@@ -127,7 +162,7 @@ func TestRabbitMQ(t *testing.T) {
 
 	t.Run("listens on loopback only, its management too", func(t *testing.T) {
 		await(t, "management answers", func() bool {
-			return connects(t.Context(), net.JoinHostPort(host, strconv.Itoa(web))) == nil
+			return connects(t.Context(), net.JoinHostPort(loopback, strconv.Itoa(web))) == nil
 		})
 		onLoopback(t, p)
 	})
@@ -135,7 +170,7 @@ func TestRabbitMQ(t *testing.T) {
 		t.Helper()
 		// The management plugin takes a message out and then does with it what it is told.
 		body := fmt.Sprintf(`{"count": 1, "encoding": "auto", "ackmode": %q}`, then)
-		url := fmt.Sprintf("http://%s:%d/api/queues/%%2F/%s/get", host, web, queue)
+		url := fmt.Sprintf("http://%s:%d/api/queues/%%2F/%s/get", loopback, web, queue)
 		await(t, "a message is in "+queue, func() bool {
 			r, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url, strings.NewReader(body))
 			if err != nil {

@@ -178,7 +178,7 @@ func (s *System) program(p program) *Process {
 	return NewProcess(Spec{
 		Name: p.name, Log: s.log(p.name), Addr: addr,
 		Path:  filepath.Join(s.options.Bin, p.name),
-		Env:   slices.Concat([]string{"HOST=" + host}, p.env(s), s.options.Env[""], s.options.Env[p.name]),
+		Env:   slices.Concat([]string{"HOST=" + loopback}, p.env(s), s.options.Env[""], s.options.Env[p.name]),
 		Ready: func(ctx context.Context) error { return getReady(ctx, addr) },
 	})
 }
@@ -211,7 +211,7 @@ func (s *System) Addr(name string) string {
 	if addr := s.options.Servers[Kind(name)]; addr != "" {
 		return addr
 	}
-	return net.JoinHostPort(host, strconv.Itoa(s.ports[name]))
+	return net.JoinHostPort(loopback, strconv.Itoa(s.ports[name]))
 }
 
 // URL is where reports are posted to.
