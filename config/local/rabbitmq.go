@@ -99,11 +99,20 @@ func (s *settings) writeRabbit(port int) error {
 		places += "management_agent.disable_metrics_collector = false\ncollect_statistics = coarse\n"
 	}
 	// With definitions to import, RabbitMQ leaves its default user out. They can't name it: they are the cluster's too.
+	var users, permissions []any
+	add := func(a account, tag string) {
+		users = append(users, map[string]any{"name": a.name, "password": a.password, "tags": tag})
+		permissions = append(permissions, map[string]any{
+			"user": a.name, "vhost": "/", "configure": a.may.Configure, "write": a.may.Write, "read": a.may.Read,
+		})
+	}
 	name, password := s.rabbitLogin()
-	user, err := json.Marshal(map[string]any{
-		"users":       []any{map[string]any{"name": name, "password": password, "tags": []string{"administrator"}}},
-		"vhosts":      []any{map[string]any{"name": "/"}},
-		"permissions": []any{map[string]any{"user": name, "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}},
+	add(account{name, password, Permissions{".*", ".*", ".*"}}, "administrator")
+	for _, a := range s.accounts {
+		add(a, "")
+	}
+	accounts, err := json.Marshal(map[string]any{
+		"users": users, "vhosts": []any{map[string]any{"name": "/"}}, "permissions": permissions,
 	})
 	if err != nil {
 		return err
@@ -112,7 +121,7 @@ func (s *settings) writeRabbit(port int) error {
 		"rabbitmq.conf":              rabbitConf + places + s.additions(),
 		"advanced.config":            rabbitAdvanced,
 		"enabled_plugins":            "[" + strings.Join(plugins, ",") + "].\n",
-		"definitions/1-user.json":    string(user),
+		"definitions/1-user.json":    string(accounts),
 		"definitions/2-message.json": string(definitions.Definitions),
 	} {
 		if _, err := s.write(name, text); err != nil {

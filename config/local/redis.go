@@ -37,7 +37,7 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 		}
 		access := "bind " + o.host
 		if o.password != "" {
-			access += "\nrequirepass " + o.password
+			access += fmt.Sprintf("\nrequirepass %[2]s\nuser %[1]s on >%[2]s ~* &* +@all", o.user, o.password)
 		}
 		role := ""
 		if o.replicaOf != "" {

@@ -24,6 +24,7 @@ type settings struct {
 	kind, dir, log string
 	host           string
 	user, password string
+	accounts       []account
 	config         []string
 	replicaOf      string
 	management     int
@@ -52,10 +53,24 @@ func Management(port int) Option { return func(s *settings) { s.management = por
 // password then: see [Login].
 func On(host string) Option { return func(s *settings) { s.host = host } }
 
-// Login sets the password that a Redis or Valkey wants from then on, and the name and password of RabbitMQ's
-// administrator, which are guest and guest otherwise. Kafka ignores it.
+// Login sets the name and password that a Redis or Valkey wants from then on, where the password alone will do as well, and
+// those of RabbitMQ's administrator, which are guest and guest otherwise. Kafka ignores it.
 func Login(user, password string) Option {
 	return func(s *settings) { s.user, s.password = user, password }
+}
+
+// Permissions are regular expressions of the names of exchanges and queues in RabbitMQ's vhost "/" that a user may configure,
+// write to and read from.
+type Permissions struct{ Configure, Write, Read string }
+
+type account struct {
+	name, password string
+	may            Permissions
+}
+
+// Account gives RabbitMQ one more user, who may do that and no more. The others ignore it.
+func Account(name, password string, may Permissions) Option {
+	return func(s *settings) { s.accounts = append(s.accounts, account{name, password, may}) }
 }
 
 func gather(dir, kind string, options []Option) *settings {
