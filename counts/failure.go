@@ -1,14 +1,17 @@
 package counts
 
 import (
+	_ "embed"
 	"strings"
 
 	"github.com/redis/go-redis/v9"
 )
 
-// rights are what an ACL user needs, beside the keys.
-const rights = "+ping +evalsha +eval +wait +time +pexpiretime +pexpireat +smismember +sadd +hmget +hset +hincrby +get +incrby " +
-	"~country:counts ~weather:counts ~messages:*"
+//go:embed rights.acl
+var rightsFile string
+
+// rights are what an ACL user needs.
+var rights = strings.TrimSpace(rightsFile)
 
 // replies are what a store answers that does not pass by itself, by the beginning of its error; in the advice, $ stands
 // for the beginning of the variables' names.

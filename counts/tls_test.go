@@ -18,8 +18,9 @@ func TestTLSAndACLUser(t *testing.T) {
 	both(t, func(t *testing.T, k kind) {
 		t.Parallel()
 		ca, other := authority.New(t), authority.New(t)
-		user := `user writer on >secret ` + "+ping +evalsha +eval +wait +time +pexpiretime +pexpireat +smismember +sadd +hmget +hset " +
-			"+hincrby +get +incrby ~country:counts ~weather:counts ~messages:*"
+		rights, err := os.ReadFile("rights.acl")
+		must(t, err)
+		user := "user writer on >secret " + string(rights)
 		// A server that answers without TLS at the one port, for those who look, and with TLS at another.
 		server := func(until time.Time, ip string) (addr string, p *local.Process) {
 			port, err := local.FreePort()

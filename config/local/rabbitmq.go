@@ -103,11 +103,20 @@ func (s *settings) writeRabbit(port int) error {
 			s.host, s.tls.port, s.tls.cert, s.tls.key)
 	}
 	// With definitions to import, RabbitMQ leaves its default user out. They can't name it: they are the cluster's too.
+	var users, permissions []any
+	add := func(a account, tag string) {
+		users = append(users, map[string]any{"name": a.name, "password": a.password, "tags": tag})
+		permissions = append(permissions, map[string]any{
+			"user": a.name, "vhost": "/", "configure": a.may.Configure, "write": a.may.Write, "read": a.may.Read,
+		})
+	}
 	name, password := s.rabbitLogin()
-	user, err := json.Marshal(map[string]any{
-		"users":       []any{map[string]any{"name": name, "password": password, "tags": []string{"administrator"}}},
-		"vhosts":      []any{map[string]any{"name": "/"}},
-		"permissions": []any{map[string]any{"user": name, "vhost": "/", "configure": ".*", "write": ".*", "read": ".*"}},
+	add(account{name, password, Permissions{".*", ".*", ".*"}}, "administrator")
+	for _, a := range s.accounts {
+		add(a, "")
+	}
+	accounts, err := json.Marshal(map[string]any{
+		"users": users, "vhosts": []any{map[string]any{"name": "/"}}, "permissions": permissions,
 	})
 	if err != nil {
 		return err
@@ -116,7 +125,7 @@ func (s *settings) writeRabbit(port int) error {
 		"rabbitmq.conf":              rabbitConf + places + s.additions(),
 		"advanced.config":            rabbitAdvanced,
 		"enabled_plugins":            "[" + strings.Join(plugins, ",") + "].\n",
-		"definitions/1-user.json":    string(user),
+		"definitions/1-user.json":    string(accounts),
 		"definitions/2-message.json": string(definitions.Definitions),
 	} {
 		if _, err := s.write(name, text); err != nil {

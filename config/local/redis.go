@@ -10,6 +10,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"isobar.dev/eventing/store"
 )
 
 //go:embed redis.conf
@@ -35,7 +37,7 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 		}
 		access := "bind " + o.host
 		if o.password != "" {
-			access += "\nrequirepass " + o.password
+			access += fmt.Sprintf("\nrequirepass %[2]s\nuser %[1]s on >%[2]s ~* &* +@all", o.user, o.password)
 		}
 		role := ""
 		if o.replicaOf != "" {
@@ -45,7 +47,7 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 		if o.tls.port != 0 {
 			secure = fmt.Sprintf("tls-port %d\ntls-cert-file %s\ntls-key-file %s\ntls-auth-clients no", o.tls.port, o.tls.cert, o.tls.key)
 		}
-		config, err := o.writeOnce(o.kind+".conf", redisConf, access, role, secure, o.additions())
+		config, err := o.writeOnce(o.kind+".conf", store.Config, redisConf, access, role, secure, o.additions())
 		return Spec{
 			Path:  filepath.Join(tree.bin, program),
 			Args:  []string{config, "--port", strconv.Itoa(port), "--dir", o.dir},

@@ -24,6 +24,7 @@ type settings struct {
 	kind, dir, log string
 	host           string
 	user, password string
+	accounts       []account
 	config         []string
 	replicaOf      string
 	management     int
@@ -56,10 +57,24 @@ func Management(port int) Option { return func(s *settings) { s.management = por
 // login then: see [Login].
 func On(host string) Option { return func(s *settings) { s.host = host } }
 
-// Login is who may do everything: the only user of Kafka's TLS port, RabbitMQ's administrator in place of guest, the
-// default user of Redis and Valkey, who has no password otherwise and whose name does not matter.
+// Login is who may do everything: the only user of Kafka's TLS port, RabbitMQ's administrator in place of guest, a user of
+// Redis and Valkey, which take the password alone as well and want one from then on.
 func Login(user, password string) Option {
 	return func(s *settings) { s.user, s.password = user, password }
+}
+
+// Permissions are regular expressions of the names of exchanges and queues in RabbitMQ's vhost "/" that a user may configure,
+// write to and read from.
+type Permissions struct{ Configure, Write, Read string }
+
+type account struct {
+	name, password string
+	may            Permissions
+}
+
+// Account gives RabbitMQ one more user, who may do that and no more. The others ignore it.
+func Account(name, password string, may Permissions) Option {
+	return func(s *settings) { s.accounts = append(s.accounts, account{name, password, may}) }
 }
 
 // TLS opens one more port at which the server speaks TLS, with the certificate and the key in these PEM files. Kafka's asks

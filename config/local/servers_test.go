@@ -138,7 +138,8 @@ func TestOnAnotherAddressWithALogin(t *testing.T) {
 			}
 			return err
 		},
-		RedisKind: func(addr string) error { return pingRedis(t, addr) }, ValkeyKind: func(addr string) error { return pingRedis(t, addr) },
+		RedisKind:  func(addr string) error { return pingRedis(t, &goredis.Options{Addr: addr}) },
+		ValkeyKind: func(addr string) error { return pingRedis(t, &goredis.Options{Addr: addr}) },
 	}
 	for kind, server := range servers {
 		t.Run(string(kind), func(t *testing.T) {
@@ -153,12 +154,17 @@ func TestOnAnotherAddressWithALogin(t *testing.T) {
 			if without := refused[kind]; without != nil && without(p.Addr()) == nil {
 				t.Error("it takes who has no login")
 			}
+			if kind == RedisKind || kind == ValkeyKind {
+				if err := pingRedis(t, &goredis.Options{Addr: p.Addr(), Username: "operator", Password: "secret"}); err != nil {
+					t.Error(err)
+				}
+			}
 		})
 	}
 }
 
-func pingRedis(t *testing.T, addr string) error {
-	c := goredis.NewClient(&goredis.Options{Addr: addr})
+func pingRedis(t *testing.T, options *goredis.Options) error {
+	c := goredis.NewClient(options)
 	defer c.Close()
 	return c.Ping(t.Context()).Err()
 }
