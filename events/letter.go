@@ -59,11 +59,13 @@ func letter(h http.Header, body []byte, topic string) ([]*sarama.ProducerMessage
 	return []*sarama.ProducerMessage{record}, nil
 }
 
-// attribute returns the value of a header. What Knative is made of does not percent-encode it, as the specification would
-// have it, so a percent sign is taken for what it is: that loses nothing. Other characters than ASCII are in ISO 8859-1 if
-// Java has written them.
-func attribute(values []string) string {
-	text := strings.Join(values, ", ")
+// attribute returns the value of a header that Knative has written.
+func attribute(values []string) string { return literal(strings.Join(values, ", ")) }
+
+// literal is what a header's value says when Knative has written it. Knative's sources do not percent-encode it, as the
+// specification would have it, so a percent sign is one. Other characters than ASCII are in ISO 8859-1 if Java has written
+// them.
+func literal(text string) string {
 	if utf8.ValidString(text) {
 		return text
 	}

@@ -2,6 +2,7 @@ package knative
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -89,7 +90,7 @@ func (p *peers) start(t *testing.T) {
 		options := []local.Option{local.On(p.host)}
 		switch kind {
 		case local.RabbitMQKind:
-			options = append(options, local.Account(p.secret(t, kind, "username"), p.secret(t, kind, "password"),
+			options = append(options, local.Login("administrator", rand.Text()), local.Account(p.secret(t, kind, "username"), p.secret(t, kind, "password"),
 				local.Permissions{Configure: "^$", Write: `^amq\.default$`, Read: "^message$"})) // as in eventing/rabbitmq
 		case local.RedisKind, local.ValkeyKind:
 			options = append(options, local.Login("default", p.admin(t, kind)),
