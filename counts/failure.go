@@ -1,14 +1,8 @@
 package counts
 
 import (
-	"context"
-	"crypto/tls"
-	"crypto/x509"
 	_ "embed"
-	"errors"
-	"io"
 	"strings"
-	"syscall"
 
 	"github.com/redis/go-redis/v9"
 )
@@ -46,34 +40,17 @@ func (s *server) failure(err error) error {
 		return nil
 	}
 	f := &Failure{Err: err}
+	f.Advice, f.Lasting = s.settings.tls(s.prefix).Advice(err)
 	for _, r := range replies {
 		if redis.HasErrorPrefix(err, r.prefix) {
 			f.Lasting, f.Contents, f.Advice = true, r.contents, r.advice
 		}
 	}
-	var notTLS tls.RecordHeaderError
-	var unknown x509.UnknownAuthorityError
-	var host x509.HostnameError
-	var invalid x509.CertificateInvalidError
 	switch {
 	case redis.IsOOMError(err):
 		f.Advice = "the store's memory is full: give it more, or remember the ids for a shorter DEDUPE_WINDOW"
-	case errors.As(err, &notTLS):
-		f.Lasting, f.Advice = true, "the store speaks no TLS at this port: unset $TLS or give its TLS port"
-	case errors.As(err, &unknown):
-		f.Lasting, f.Advice = true, "$CA_FILE must hold the authority that has signed the store's certificate"
-	case errors.As(err, &host):
-		f.Lasting, f.Advice = true, "the store must be called by a name that its certificate holds"
-	case errors.As(err, &invalid):
-		f.Lasting, f.Advice = true, "the store's certificate must be renewed or replaced"
-	case s.settings.SentinelMaster != "" && strings.Contains(err.Error(), "all sentinels"):
+	case !f.Lasting && s.settings.SentinelMaster != "" && strings.Contains(err.Error(), "all sentinels"):
 		f.Advice = "no Sentinel of $SENTINEL_ADDRS knows the master $SENTINEL_MASTER"
-	case !s.settings.TLS && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET)):
-		f.Advice = "the store closed the connection; if it always does, it may want $TLS"
-	case s.settings.TLS && errors.Is(err, context.DeadlineExceeded):
-		f.Advice = "the store did not answer in time; if it never does, it may speak no TLS at this port: unset $TLS or give its TLS port"
-	case errors.Is(err, context.DeadlineExceeded):
-		f.Advice = "the store did not answer in time"
 	}
 	f.Advice = strings.ReplaceAll(f.Advice, "$", s.prefix)
 	return f

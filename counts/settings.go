@@ -1,17 +1,16 @@
 package counts
 
 import (
-	"crypto/tls"
-	"crypto/x509"
-	"errors"
+	"context"
 	"fmt"
 	"net"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/maintnotifications"
+
+	"isobar.dev/internal/peer"
 )
 
 // Settings say where a store is and how to get in. The tags are completed by a prefix, like REDIS_.
@@ -36,6 +35,10 @@ const poolSize = 64
 
 func variablePrefix(store string) string { return strings.ToUpper(store) + "_" }
 
+func (s *Settings) tls(prefix string) peer.TLS {
+	return peer.TLS{Peer: "the store", Prefix: prefix, On: s.TLS, CAFile: s.CAFile}
+}
+
 // options checks the settings; its errors name the variables, which begin with prefix.
 func (s *Settings) options(prefix string) (*redis.UniversalOptions, error) {
 	wrong := func(variable, rule string, args ...any) error {
@@ -50,13 +53,13 @@ func (s *Settings) options(prefix string) (*redis.UniversalOptions, error) {
 	case (s.SentinelMaster == "") != (len(s.SentinelAddrs) == 0):
 		return nil, wrong("SENTINEL_MASTER", "and %sSENTINEL_ADDRS must be set together", prefix)
 	case s.Addr != "":
-		if err := checkAddr(s.Addr); err != nil {
+		if err := peer.CheckAddr(s.Addr); err != nil {
 			return nil, wrong("ADDR", "must be HOST:PORT: %v", err)
 		}
 		addrs = []string{s.Addr}
 	default:
 		for _, addr := range s.SentinelAddrs {
-			if err := checkAddr(strings.TrimSpace(addr)); err != nil {
+			if err := peer.CheckAddr(strings.TrimSpace(addr)); err != nil {
 				return nil, wrong("SENTINEL_ADDRS", "must be HOST:PORT,HOST:PORT and so on: %v", err)
 			}
 			addrs = append(addrs, strings.TrimSpace(addr))
@@ -65,18 +68,23 @@ func (s *Settings) options(prefix string) (*redis.UniversalOptions, error) {
 	switch {
 	case s.Username != "" && s.Password == "":
 		return nil, wrong("PASSWORD", "is not set, although %sUSERNAME is", prefix)
-	case s.CAFile != "" && !s.TLS:
-		return nil, wrong("TLS", "must be true when %sCA_FILE is set", prefix)
 	case s.MinReplicas < 0:
 		return nil, wrong("MIN_REPLICAS", "must not be below 0, like %d", s.MinReplicas)
 	}
-	options := &redis.UniversalOptions{
+	secure := s.tls(prefix)
+	if _, err := secure.Config(); err != nil {
+		return nil, err
+	}
+	return &redis.UniversalOptions{
 		Addrs:            addrs,
 		MasterName:       s.SentinelMaster,
 		Username:         s.Username,
 		Password:         s.Password,
 		SentinelUsername: s.SentinelUsername,
 		SentinelPassword: s.SentinelPassword,
+		Dialer: func(ctx context.Context, _, addr string) (net.Conn, error) {
+			return secure.Dial(ctx, addr, dialTimeout)
+		},
 
 		// A single retry is for a connection that broke while it was idle. Waiting any longer is the caller's, who is
 		// told 503: then it is known that the store is away.
@@ -93,31 +101,5 @@ func (s *Settings) options(prefix string) (*redis.UniversalOptions, error) {
 		ConnMaxIdleTime:          5 * time.Minute,
 		DisableIdentity:          true, // an ACL user need not be allowed to do it
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
-	}
-	if s.TLS {
-		options.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12}
-		if s.CAFile != "" {
-			pem, err := os.ReadFile(s.CAFile)
-			if err != nil {
-				return nil, wrong("CA_FILE", "can't be read: %v", err)
-			}
-			authorities := x509.NewCertPool()
-			if !authorities.AppendCertsFromPEM(pem) {
-				return nil, wrong("CA_FILE", "must be certificates in PEM, which %s is not", s.CAFile)
-			}
-			options.TLSConfig.RootCAs = authorities
-		}
-	}
-	return options, nil
-}
-
-func checkAddr(addr string) error {
-	host, port, err := net.SplitHostPort(addr)
-	if err != nil {
-		return err
-	}
-	if host == "" || port == "" {
-		return errors.New(addr + " lacks one of them")
-	}
-	return nil
+	}, nil
 }

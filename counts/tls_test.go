@@ -1,15 +1,7 @@
 package counts_test
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"fmt"
-	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,63 +10,14 @@ import (
 
 	"isobar.dev/config/local"
 	"isobar.dev/counts"
+	"isobar.dev/internal/authority"
 )
-
-// authority signs certificates.
-type authority struct {
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	file string
-}
-
-func newAuthority(t *testing.T, dir, name string) *authority {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
-	must(t, err)
-	cert, err := x509.ParseCertificate(der)
-	must(t, err)
-	return &authority{cert, key, write(t, dir, name+".pem", "CERTIFICATE", der)}
-}
-
-// sign makes a certificate and returns the server's lines for it.
-func (a *authority) sign(t *testing.T, dir string, until time.Time, ip string) []string {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	must(t, err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "store"},
-		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: until,
-		IPAddresses: []net.IP{net.ParseIP(ip)},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
-	must(t, err)
-	private, err := x509.MarshalPKCS8PrivateKey(key)
-	must(t, err)
-	return []string{
-		"tls-cert-file " + write(t, dir, ip+".crt", "CERTIFICATE", der),
-		"tls-key-file " + write(t, dir, ip+".key", "PRIVATE KEY", private),
-		"tls-ca-cert-file " + a.file,
-		"tls-auth-clients no",
-	}
-}
-
-func write(t *testing.T, dir, name, kind string, der []byte) string {
-	path := filepath.Join(dir, name)
-	must(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
-	return path
-}
 
 func TestTLSAndACLUser(t *testing.T) {
 	t.Parallel()
 	both(t, func(t *testing.T, k kind) {
 		t.Parallel()
-		dir := t.TempDir()
-		ca, other := newAuthority(t, dir, "ours"), newAuthority(t, dir, "other")
+		ca, other := authority.New(t), authority.New(t)
 		rights, err := os.ReadFile("rights.acl")
 		must(t, err)
 		user := "user writer on >secret " + string(rights)
@@ -82,12 +25,12 @@ func TestTLSAndACLUser(t *testing.T) {
 		server := func(until time.Time, ip string) (addr string, p *local.Process) {
 			port, err := local.FreePort()
 			must(t, err)
-			lines := append(ca.sign(t, dir, until, ip), fmt.Sprint("tls-port ", port), user)
-			return fmt.Sprint("127.0.0.1:", port), k.server(t, local.Config(lines...))
+			cert, key := ca.Sign(t, ip, until)
+			return fmt.Sprint("127.0.0.1:", port), k.server(t, local.TLS(port, cert, key), local.Config(user))
 		}
 		addr, p := server(time.Now().Add(time.Hour), "127.0.0.1")
 		prefix := strings.ToUpper(k.name)
-		right := counts.Settings{Addr: addr, Username: "writer", Password: "secret", TLS: true, CAFile: ca.file}
+		right := counts.Settings{Addr: addr, Username: "writer", Password: "secret", TLS: true, CAFile: ca.File}
 		with := func(change func(*counts.Settings)) counts.Settings {
 			s := right
 			change(&s)
@@ -96,6 +39,14 @@ func TestTLSAndACLUser(t *testing.T) {
 		must(t, k.openWith(t, right, time.Hour).Count(t.Context(), arrivals("tls", 0, 100)))
 		expect(t, look(t, p.Addr()), sum(arrivals("tls", 0, 100)))
 
+		t.Run("an authority that is renewed is known without a restart", func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "ca.pem")
+			other.Copy(t, file)
+			store := k.openWith(t, with(func(s *counts.Settings) { s.CAFile = file }), time.Hour)
+			fails(t, store.Count(t.Context(), arrivals("refused", 0, 1)), true, prefix+"_CA_FILE")
+			ca.Copy(t, file)
+			must(t, store.Count(t.Context(), arrivals("tls", 0, 1))) // which has been counted before
+		})
 		misnamed, _ := server(time.Now().Add(time.Hour), "192.0.2.1")
 		expired, _ := server(time.Now().Add(-time.Hour), "127.0.0.1")
 		for _, c := range []struct {
@@ -104,7 +55,7 @@ func TestTLSAndACLUser(t *testing.T) {
 			lasting  bool
 			says     string
 		}{
-			{"another authority", with(func(s *counts.Settings) { s.CAFile = other.file }), true, prefix + "_CA_FILE must hold the authority"},
+			{"another authority", with(func(s *counts.Settings) { s.CAFile = other.File }), true, prefix + "_CA_FILE must hold the authority"},
 			{"the system's authorities", with(func(s *counts.Settings) { s.CAFile = "" }), true, prefix + "_CA_FILE must hold the authority"},
 			{"another name", with(func(s *counts.Settings) { s.Addr = misnamed }), true, "a name that its certificate holds"},
 			{"an expired certificate", with(func(s *counts.Settings) { s.Addr = expired }), true, "must be renewed"},

@@ -2,6 +2,7 @@ package local
 
 import (
 	"context"
+	"crypto/rand"
 	_ "embed"
 	"errors"
 	"fmt"
@@ -48,7 +49,11 @@ func Kafka(dir string, port int, options ...Option) *Process {
 			return Spec{}, err
 		}
 		addr := net.JoinHostPort(o.host, strconv.Itoa(port))
-		config, err := o.write("kafka.properties", kafkaProperties, kafkaPlaces(data, addr, controller), o.additions())
+		secure, err := o.kafkaTLS(addr, controller)
+		if err != nil {
+			return Spec{}, err
+		}
+		config, err := o.write("kafka.properties", kafkaProperties, kafkaPlaces(data, addr, controller), secure, o.additions())
 		if err != nil {
 			return Spec{}, err
 		}
@@ -65,7 +70,7 @@ func Kafka(dir string, port int, options ...Option) *Process {
 				"-Dlog4j2.configurationFile=" + logging,
 				"-cp", filepath.Join(home, "lib", "*"), "kafka.Kafka", config,
 			},
-			Ready: func(ctx context.Context) error { return kafkaReady(ctx, addr) },
+			Ready: func(ctx context.Context) error { return o.kafkaReady(ctx, addr) },
 		}, nil
 	})
 }
@@ -77,6 +82,34 @@ advertised.listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d
 controller.quorum.voters=1@%[2]s:%[3]d
 log.dirs=%[4]s
 `, addr, loopback, controller, data)
+}
+
+// kafkaTLS are the lines for the TLS port, if there is to be one.
+func (s *settings) kafkaTLS(addr string, controller int) (string, error) {
+	if s.tls.port == 0 {
+		return "", nil
+	}
+	cert, err := os.ReadFile(s.tls.cert)
+	if err != nil {
+		return "", err
+	}
+	key, err := os.ReadFile(s.tls.key)
+	if err != nil {
+		return "", err
+	}
+	store, err := s.write("keystore.pem", string(key), string(cert)) // Kafka wants both in one file
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf(`
+listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d,SASL_SSL://%[2]s:%[4]d
+advertised.listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d,SASL_SSL://%[2]s:%[4]d
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL
+ssl.keystore.type=PEM
+ssl.keystore.location=%[5]s
+sasl.enabled.mechanisms=SCRAM-SHA-512
+listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
+`, addr, loopback, controller, s.tls.port, store), nil
 }
 
 // formatKafka makes dir the data of an empty Kafka.
@@ -110,8 +143,8 @@ func copyFormatted(formatted, data string) error {
 	return os.Rename(unfinished, data)
 }
 
-// kafkaReady creates the topics that are missing and returns nil once all have leaders.
-func kafkaReady(ctx context.Context, addr string) error {
+// kafkaReady creates what is missing, the topics and the user, and returns nil once all topics have leaders.
+func (s *settings) kafkaReady(ctx context.Context, addr string) error {
 	if err := connects(ctx, addr); err != nil {
 		return err // cheaper than what follows
 	}
@@ -125,6 +158,15 @@ func kafkaReady(ctx context.Context, addr string) error {
 		return err
 	}
 	defer admin.Close()
+	for _, u := range s.users {
+		_, err := admin.UpsertUserScramCredentials([]sarama.AlterUserScramCredentialsUpsert{{
+			Name: u.name, Password: []byte(u.password),
+			Mechanism: sarama.SCRAM_MECHANISM_SHA_512, Iterations: 4096, Salt: []byte(rand.Text()),
+		}})
+		if err != nil {
+			return fmt.Errorf("create user %q: %w", u.name, err)
+		}
+	}
 	var names []string
 	for name, partitions := range KafkaTopics {
 		names = append(names, name)

@@ -36,14 +36,18 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 			return Spec{}, err
 		}
 		access := "bind " + o.host
-		if o.password != "" {
-			access += fmt.Sprintf("\nrequirepass %[2]s\nuser %[1]s on >%[2]s ~* &* +@all", o.user, o.password)
+		if o.login.password != "" {
+			access += fmt.Sprintf("\nrequirepass %[2]s\nuser %[1]s on >%[2]s ~* &* +@all", o.login.name, o.login.password)
 		}
 		role := ""
 		if o.replicaOf != "" {
 			role = "replicaof " + strings.Replace(o.replicaOf, ":", " ", 1)
 		}
-		config, err := o.writeOnce(o.kind+".conf", store.Config, redisConf, access, role, o.additions())
+		secure := ""
+		if o.tls.port != 0 {
+			secure = fmt.Sprintf("tls-port %d\ntls-cert-file %s\ntls-key-file %s\ntls-auth-clients no", o.tls.port, o.tls.cert, o.tls.key)
+		}
+		config, err := o.writeOnce(o.kind+".conf", store.Config, redisConf, access, role, secure, o.additions())
 		return Spec{
 			Path:  filepath.Join(tree.bin, program),
 			Args:  []string{config, "--port", strconv.Itoa(port), "--dir", o.dir},
@@ -97,14 +101,14 @@ func (s *settings) ping(port int) func(context.Context) error {
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(dialTimeout))
 		ask := bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c))
-		if s.password != "" {
-			fmt.Fprintf(ask, "AUTH %s\r\n", s.password)
+		if s.login.password != "" {
+			fmt.Fprintf(ask, "AUTH %s\r\n", s.login.password)
 		}
 		fmt.Fprintf(ask, "PING\r\n")
 		if err := ask.Flush(); err != nil {
 			return err
 		}
-		if s.password != "" {
+		if s.login.password != "" {
 			if _, err := ask.ReadString('\n'); err != nil {
 				return err
 			}

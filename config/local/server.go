@@ -23,12 +23,25 @@ type Option func(*settings)
 type settings struct {
 	kind, dir, log string
 	host           string
-	user, password string
-	accounts       []account
+	login          account
+	users          []account
 	config         []string
 	replicaOf      string
 	management     int
+	tls            struct {
+		port      int
+		cert, key string
+	}
 }
+
+type account struct {
+	name, password string
+	may            []Permissions // everything, if none
+}
+
+// Permissions are regular expressions of the names of exchanges and queues in RabbitMQ's vhost "/" that a user may configure,
+// write to and read from.
+type Permissions struct{ Configure, Write, Read string }
 
 // Named names the process; its log is then NAME.log. The default is its kind: "kafka", "redis".
 func Named(name string) Option { return func(s *settings) { s.kind = name } }
@@ -55,22 +68,20 @@ func On(host string) Option { return func(s *settings) { s.host = host } }
 
 // Login sets the name and password that a Redis or Valkey wants from then on, where the password alone will do as well, and
 // those of RabbitMQ's administrator, which are guest and guest otherwise. Kafka ignores it.
-func Login(user, password string) Option {
-	return func(s *settings) { s.user, s.password = user, password }
+func Login(name, password string) Option {
+	return func(s *settings) { s.login = account{name: name, password: password} }
 }
 
-// Permissions are regular expressions of the names of exchanges and queues in RabbitMQ's vhost "/" that a user may configure,
-// write to and read from.
-type Permissions struct{ Configure, Write, Read string }
-
-type account struct {
-	name, password string
-	may            Permissions
+// TLS opens one more port on 127.0.0.1 at which the server speaks TLS, with the certificate and the key in these PEM files.
+// Kafka's asks who logs in there, by SCRAM-SHA-512, and only knows those of [User].
+func TLS(port int, cert, key string) Option {
+	return func(s *settings) { s.tls.port, s.tls.cert, s.tls.key = port, cert, key }
 }
 
-// Account gives RabbitMQ one more user, who may do that and no more. The others ignore it.
-func Account(name, password string, may Permissions) Option {
-	return func(s *settings) { s.accounts = append(s.accounts, account{name, password, may}) }
+// User gives Kafka and RabbitMQ one more user. RabbitMQ's has all rights, or these permissions and no others; Kafka's what its
+// authorizer says, if it has one. The others ignore it.
+func User(name, password string, may ...Permissions) Option {
+	return func(s *settings) { s.users = append(s.users, account{name, password, may}) }
 }
 
 func gather(dir, kind string, options []Option) *settings {

@@ -16,6 +16,8 @@ import (
 	"github.com/Azure/go-amqp"
 	"github.com/IBM/sarama"
 	goredis "github.com/redis/go-redis/v9"
+
+	"isobar.dev/internal/authority"
 )
 
 // kept is a server, and how to put something into it and see it there.
@@ -35,11 +37,19 @@ var servers = map[Kind]kept{
 func TestServer(t *testing.T) {
 	for kind, server := range servers {
 		t.Run(string(kind), func(t *testing.T) {
-			p := server.start(t)
+			cert, key := authority.New(t).Sign(t, loopback, time.Now().Add(time.Hour))
+			secure, err := FreePort()
+			if err != nil {
+				t.Fatal(err)
+			}
+			p := server.start(t, TLS(secure, cert, key), User("isobar", "secret"))
 			addr, pid := p.Addr(), p.Pid()
 			server.put(t, addr, "promised")
 
-			t.Run("listens on loopback only", func(t *testing.T) { onLoopback(t, p) })
+			t.Run("listens on loopback only, with TLS too", func(t *testing.T) {
+				await(t, "it listens", func() bool { return connects(t.Context(), net.JoinHostPort(loopback, strconv.Itoa(secure))) == nil })
+				onLoopback(t, p)
+			})
 			t.Run("has what it confirmed after it was killed and started again", func(t *testing.T) {
 				if err := p.Restart(t.Context()); err != nil {
 					t.Fatal(err)

@@ -12,7 +12,8 @@ type settings struct {
 }
 
 func main() {
-	serve.Main("kafka-source", source.Program(func(s settings) (source.Settings, source.Source) {
-		return s.Settings, source.NewKafka(s.KafkaSettings)
+	serve.Main("kafka-source", source.Program(func(s settings) (source.Settings, source.Source, error) {
+		src, err := source.NewKafka(s.KafkaSettings)
+		return s.Settings, src, err
 	}))
 }

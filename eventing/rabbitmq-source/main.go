@@ -12,7 +12,8 @@ type settings struct {
 }
 
 func main() {
-	serve.Main("rabbitmq-source", source.Program(func(s settings) (source.Settings, source.Source) {
-		return s.Settings, source.NewRabbit(s.RabbitSettings)
+	serve.Main("rabbitmq-source", source.Program(func(s settings) (source.Settings, source.Source, error) {
+		src, err := source.NewRabbit(s.RabbitSettings)
+		return s.Settings, src, err
 	}))
 }

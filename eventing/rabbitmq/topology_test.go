@@ -120,7 +120,7 @@ func TestPermissions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := local.StartRabbitMQ(t, local.Account("isobar", "secret", may), local.Management(management))
+	server := local.StartRabbitMQ(t, local.User("isobar", "secret", may), local.Management(management))
 	user := rabbit.Settings{Addr: server.Addr(), Username: "isobar", Password: "secret"}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
@@ -219,7 +219,10 @@ func deliver(t *testing.T, user rabbit.Settings, status int) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	src := source.NewRabbit(source.RabbitSettings{Settings: user, Queue: "message", DeadQueue: "message.dead"})
+	src, err := source.NewRabbit(source.RabbitSettings{Settings: user, Queue: "message", DeadQueue: "message.dead"})
+	if err != nil {
+		t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan struct{})
 	go func() { defer close(done); source.Deliver(ctx, src, sink, 1); src.Close() }()

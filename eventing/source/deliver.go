@@ -14,6 +14,7 @@ import (
 	"github.com/cloudevents/sdk-go/v2/event"
 
 	"isobar.dev/events"
+	"isobar.dev/internal/peer"
 )
 
 // The attributes with which Knative marks a dead letter: where it was to go, with which status it was refused and why.
@@ -56,7 +57,7 @@ func Deliver(ctx context.Context, src Source, sink *Sink, most int) {
 	defer hurry()
 
 	d := &delivery{src: src, sink: sink, ending: ending}
-	d.sinkTrouble.what, d.deadTrouble.what = "sink "+sink.name, "dead letters"
+	d.sinkTrouble.log.Peer, d.deadTrouble.log.Peer = "sink "+sink.name, "dead letters"
 	d.changed = make(chan struct{}, 1)
 	d.dispatch(ctx, most)
 	d.deliveries.Wait()
@@ -259,25 +260,21 @@ func (b *backoff) pause(ctx context.Context, after time.Duration) bool {
 	}
 }
 
-// trouble says in the log when something begins to fail and when nothing is left of that.
+// trouble tells the log when something begins to fail, and when nothing is left of that.
 type trouble struct {
-	what string
+	log peer.Log
 
 	mu      sync.Mutex
 	waiting int
-	since   time.Time
 }
 
 func (t *trouble) begins(b *backoff, err error) {
-	if b.counted {
-		return
-	}
-	b.counted = true
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.waiting++; t.waiting == 1 {
-		t.since = time.Now()
-		slog.Warn("is away, trying again until it is back", "peer", t.what, "error", err)
+	t.log.Away(err)
+	if !b.counted {
+		b.counted = true
+		t.waiting++
 	}
 }
 
@@ -289,6 +286,6 @@ func (t *trouble) over(b *backoff) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.waiting--; t.waiting == 0 {
-		slog.Info("is back", "peer", t.what, "after", time.Since(t.since).Round(time.Millisecond))
+		t.log.Back()
 	}
 }

@@ -53,15 +53,19 @@ type Kafka struct {
 
 var _ Source = (*Kafka)(nil)
 
-// NewKafka returns the Source of a topic.
-func NewKafka(s KafkaSettings) *Kafka {
+// NewKafka returns the Source of a topic. Its error names the variable that is wrong.
+func NewKafka(s KafkaSettings) (*Kafka, error) {
 	k := &Kafka{settings: s, inbox: newInbox()}
-	k.state.Store("not connected yet")
-	return k
+	k.state.Store(notYet)
+	_, err := k.config()
+	return k, err
 }
 
-func (k *Kafka) config() *sarama.Config {
-	c := k.settings.Config()
+func (k *Kafka) config() (*sarama.Config, error) {
+	c, err := k.settings.Config()
+	if err != nil {
+		return nil, err
+	}
 	c.Metadata.Retry.Max = 3
 	c.Consumer.Group.InstanceId = k.settings.InstanceID
 	c.Consumer.Group.Session.Timeout = sessionTimeout
@@ -77,20 +81,24 @@ func (k *Kafka) config() *sarama.Config {
 	c.ChannelBufferSize = together
 	c.Consumer.MaxProcessingTime = time.Second
 	c.Consumer.Retry.Backoff = 500 * time.Millisecond
-	return c
+	return c, nil
 }
 
 // Run is that of [Source].
 func (k *Kafka) Run(ctx context.Context) {
 	peer.Keep(ctx, "Kafka topic "+k.settings.Topic, func(ctx context.Context, up func()) error {
-		err := k.use(ctx, up)
+		err := k.settings.Explain(k.use(ctx, up))
 		k.state.Store(fmt.Sprint(err))
 		return err
 	})
 }
 
 func (k *Kafka) use(ctx context.Context, up func()) error {
-	client, err := sarama.NewClient(k.settings.Brokers, k.config())
+	config, err := k.config()
+	if err != nil {
+		return err
+	}
+	client, err := sarama.NewClient(k.settings.Brokers, config)
 	if err != nil {
 		return fmt.Errorf("connect to Kafka at %v: %w", k.settings.Brokers, err)
 	}
@@ -139,7 +147,10 @@ func (k *Kafka) Bury(_ context.Context, dead []event.Event) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead == nil {
-		c := k.settings.Config()
+		c, err := k.settings.Config()
+		if err != nil {
+			return err
+		}
 		c.Net.ReadTimeout = buryTimeout
 		c.Producer.RequiredAcks = sarama.WaitForAll
 		c.Producer.Return.Successes = true

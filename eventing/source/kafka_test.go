@@ -39,7 +39,7 @@ func TestPartitionCommitsWhatIsContiguous(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := &session{}
-			p := &partition{member: &member{kafka: NewKafka(KafkaSettings{}), topicID: "topic-id"}, session: s, idle: make(chan struct{})}
+			p := &partition{member: &member{kafka: new(Kafka), topicID: "topic-id"}, session: s, idle: make(chan struct{})}
 			for _, offset := range c.offsets {
 				p.takes(p.arrives(offset))
 			}
@@ -55,7 +55,7 @@ func TestPartitionCommitsWhatIsContiguous(t *testing.T) {
 
 func TestPartitionThatIsTakenAway(t *testing.T) {
 	s := &session{}
-	p := &partition{member: &member{kafka: NewKafka(KafkaSettings{}), topicID: "topic-id"}, session: s, idle: make(chan struct{})}
+	p := &partition{member: &member{kafka: new(Kafka), topicID: "topic-id"}, session: s, idle: make(chan struct{})}
 	first, second := p.arrives(0), p.arrives(1)
 	if !p.takes(first) {
 		t.Fatal("not handed out")
@@ -89,7 +89,7 @@ func TestPartitionThatIsTakenAway(t *testing.T) {
 
 func TestPartitionOfATopicThatIsGoneCommitsNothing(t *testing.T) {
 	s := &session{}
-	m := &member{kafka: NewKafka(KafkaSettings{}), topicID: "topic-id"}
+	m := &member{kafka: new(Kafka), topicID: "topic-id"}
 	p := &partition{member: m, session: s, idle: make(chan struct{})}
 	p.takes(p.arrives(0))
 	m.changed.Store(true)
@@ -112,7 +112,7 @@ func TestKafkaRebalance(t *testing.T) {
 	open := func() *Kafka {
 		settings := w.open(name).(*Kafka).settings
 		settings.InstanceID = ""
-		return NewKafka(settings)
+		return opened(NewKafka(settings))
 	}
 	all := reports("a", 10_000)
 	w.publish(t, name, all[:5000])

@@ -19,9 +19,12 @@ type Settings struct {
 }
 
 // Program returns how a source program is built of its settings, for serve.Main.
-func Program[S any](build func(S) (Settings, Source)) func(context.Context, S) (*serve.Program, error) {
+func Program[S any](build func(S) (Settings, Source, error)) func(context.Context, S) (*serve.Program, error) {
 	return func(_ context.Context, s S) (*serve.Program, error) {
-		settings, src := build(s)
+		settings, src, err := build(s)
+		if err != nil {
+			return nil, err
+		}
 		sink, err := NewSink(settings.SinkSettings)
 		if err != nil {
 			return nil, err

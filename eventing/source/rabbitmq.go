@@ -40,11 +40,11 @@ type Rabbit struct {
 
 var _ Source = (*Rabbit)(nil)
 
-// NewRabbit returns the Source of a queue.
-func NewRabbit(s RabbitSettings) *Rabbit {
+// NewRabbit returns the Source of a queue. Its error names the variable that is wrong.
+func NewRabbit(s RabbitSettings) (*Rabbit, error) {
 	r := &Rabbit{settings: s, source: "/rabbitmq/" + s.Queue, inbox: newInbox()}
-	r.state.Store("not connected yet")
-	return r
+	r.state.Store(notYet)
+	return r, s.Check()
 }
 
 // Run is that of [Source].

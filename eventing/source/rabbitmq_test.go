@@ -158,7 +158,7 @@ func FuzzReadMessage(f *testing.F) {
 	f.Add([]byte(asSequence))
 	f.Add([]byte{})
 	f.Add([]byte("0 "))
-	r := NewRabbit(RabbitSettings{Queue: "message"})
+	r := &Rabbit{source: "/rabbitmq/message"}
 	f.Fuzz(func(t *testing.T, message []byte) {
 		before := bytes.Clone(message)
 		e := r.read(message)

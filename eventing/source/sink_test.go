@@ -124,7 +124,7 @@ func TestTroubleIsSaidOnce(t *testing.T) {
 	before := slog.Default()
 	slog.SetDefault(slog.New(slog.NewTextHandler(&log, nil)))
 	defer slog.SetDefault(before)
-	peer := trouble{what: "sink"}
+	var peer trouble
 	var batches [3]backoff
 	for range 4 {
 		for i := range batches {

@@ -33,6 +33,9 @@ type Source interface {
 	Close()
 }
 
+// notYet is the State of a Source whose first attempt to connect has not ended.
+const notYet = "not connected yet"
+
 // MostBytes is the limit of what Take returns, in bytes of JSON. A single event may have more.
 const MostBytes = 1 << 20
 

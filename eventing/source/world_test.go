@@ -43,9 +43,27 @@ type world struct {
 	dead func(ctx context.Context, t testing.TB, name string, letters chan<- event.Event)
 }
 
+// opened is a source whose settings are right.
+func opened[S Source](src S, err error) S {
+	if err != nil {
+		panic(err)
+	}
+	return src
+}
+
+func config(t testing.TB, s kafka.Settings) *sarama.Config {
+	t.Helper()
+	c, err := s.Config()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
 func startKafka(t testing.TB) *world {
 	proxy := cut.Listen(t)
-	w := &world{proxy: proxy, program: "kafka-source"}
+	w := kafkaWorld(kafka.Settings{Brokers: []string{proxy.Addr()}})
+	w.proxy = proxy
 	if err := local.Install(t.Context(), t.Output(), local.KafkaKind); err != nil {
 		t.Fatal(err)
 	}
@@ -63,19 +81,24 @@ func startKafka(t testing.TB) *world {
 	if err := w.server.Start(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	settings := kafka.Settings{Brokers: []string{proxy.Addr()}}
+	return w
+}
+
+// kafkaWorld is one without a server and a proxy of its own.
+func kafkaWorld(settings kafka.Settings) *world {
+	w := &world{program: "kafka-source"}
 	w.open = func(name string) Source {
-		return NewKafka(KafkaSettings{Settings: settings, Topic: name, DeadTopic: name + ".dead", GroupID: name, InstanceID: "test"})
+		return opened(NewKafka(KafkaSettings{Settings: settings, Topic: name, DeadTopic: name + ".dead", GroupID: name, InstanceID: "test"}))
 	}
 	w.env = func(name string) []string {
 		return []string{
-			"KAFKA_BOOTSTRAP_SERVERS=" + proxy.Addr(), "KAFKA_TOPIC=" + name, "KAFKA_DEAD_TOPIC=" + name + ".dead",
+			"KAFKA_BOOTSTRAP_SERVERS=" + settings.Brokers[0], "KAFKA_TOPIC=" + name, "KAFKA_DEAD_TOPIC=" + name + ".dead",
 			"KAFKA_GROUP_ID=" + name, "KAFKA_GROUP_INSTANCE_ID=test",
 		}
 	}
 	admin := func(t testing.TB, do func(sarama.ClusterAdmin) error) {
 		t.Helper()
-		c := settings.Config()
+		c := config(t, settings)
 		c.Metadata.Retry.Max = 10
 		admin, err := sarama.NewClusterAdmin(settings.Brokers, c)
 		if err != nil {
@@ -110,7 +133,7 @@ func startKafka(t testing.TB) *world {
 	}
 	send := func(t testing.TB, records ...*sarama.ProducerMessage) {
 		t.Helper()
-		c := settings.Config()
+		c := config(t, settings)
 		c.Metadata.Retry.Max = 20
 		c.Producer.Retry.Max = 20
 		c.Producer.RequiredAcks = sarama.WaitForAll
@@ -143,7 +166,7 @@ func startKafka(t testing.TB) *world {
 		return fmt.Sprintf("partition:%d/offset:%d", record.Partition, record.Offset)
 	}
 	w.dead = func(ctx context.Context, t testing.TB, name string, letters chan<- event.Event) {
-		c := settings.Config()
+		c := config(t, settings)
 		c.Metadata.Retry.Max = 20
 		consumer, err := sarama.NewConsumer(settings.Brokers, c)
 		if err != nil {
@@ -185,7 +208,7 @@ const partitions = 4
 // awaitLeaders waits until all partitions of a topic can be used.
 func (w *world) awaitLeaders(t testing.TB, settings kafka.Settings, topic string) {
 	t.Helper()
-	client, err := sarama.NewClient(settings.Brokers, settings.Config())
+	client, err := sarama.NewClient(settings.Brokers, config(t, settings))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,19 +233,22 @@ func startRabbitMQ(t testing.TB, options ...local.Option) *world {
 		t.Fatal(err)
 	}
 	proxy := cut.Listen(t)
-	w := &world{proxy: proxy, program: "rabbitmq-source"}
-	w.server = local.StartRabbitMQ(t, append(options, local.Management(management))...)
-	proxy.To(w.server.Addr())
+	server := local.StartRabbitMQ(t, append(options, local.Management(management))...)
+	proxy.To(server.Addr())
+	w := rabbitWorld(management, rabbit.Settings{Addr: proxy.Addr()}, rabbit.Settings{Addr: server.Addr()})
+	w.server, w.proxy = server, proxy
+	return w
+}
+
+// rabbitWorld is one without a server and a proxy of its own: settings are those of the source, direct those of others.
+func rabbitWorld(management int, settings, direct rabbit.Settings) *world {
+	w := &world{program: "rabbitmq-source"}
 	w.open = func(name string) Source {
-		return NewRabbit(RabbitSettings{
-			Settings: rabbit.Settings{Addr: proxy.Addr(), Username: local.RabbitUser, Password: local.RabbitPassword},
-			Queue:    name, DeadQueue: name + ".dead",
-		})
+		return opened(NewRabbit(RabbitSettings{Settings: settings, Queue: name, DeadQueue: name + ".dead"}))
 	}
 	w.env = func(name string) []string {
-		return []string{"RABBITMQ_ADDR=" + proxy.Addr(), "RABBITMQ_QUEUE=" + name, "RABBITMQ_DEAD_QUEUE=" + name + ".dead"}
+		return []string{"RABBITMQ_ADDR=" + settings.Addr, "RABBITMQ_QUEUE=" + name, "RABBITMQ_DEAD_QUEUE=" + name + ".dead"}
 	}
-	direct := rabbit.Settings{Addr: w.server.Addr(), Username: local.RabbitUser, Password: local.RabbitPassword}
 	api := func(t testing.TB, method, path, body string) {
 		t.Helper()
 		request, err := http.NewRequest(method, fmt.Sprintf("http://127.0.0.1:%d/api/%s", management, path), strings.NewReader(body))

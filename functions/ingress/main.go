@@ -8,6 +8,7 @@ import (
 	"github.com/cloudevents/sdk-go/v2/event"
 
 	"isobar.dev/events/api"
+	"isobar.dev/internal/peer"
 	"isobar.dev/internal/serve"
 )
 
@@ -15,8 +16,14 @@ type settings struct {
 	Host      string   `env:"HOST"` // the address to listen on; all of them if empty
 	Port      string   `env:"PORT" envDefault:"8080"`
 	Publisher string   `env:"PUBLISHER_ADDR,required,notEmpty"` // HOST:PORT
-	GroupSize int      `env:"GROUP_SIZE" envDefault:"500"`      // most reports in one call; 1 gives each request its own
-	WakeURLs  []string `env:"WAKE_URLS"`                        // asked when a report comes after a quiet time: services that scale to zero
+	TLS       bool     `env:"PUBLISHER_TLS"`
+	CAFile    string   `env:"PUBLISHER_CA_FILE"`           // PEM; the system's authorities without it
+	GroupSize int      `env:"GROUP_SIZE" envDefault:"500"` // most reports in one call; 1 gives each request its own
+	WakeURLs  []string `env:"WAKE_URLS"`                   // asked when a report comes after a quiet time: services that scale to zero
+}
+
+func (s settings) secure() peer.TLS {
+	return peer.TLS{Peer: "the publisher", Prefix: "PUBLISHER_", On: s.TLS, CAFile: s.CAFile}
 }
 
 func main() { serve.Main("ingress", build) }
@@ -26,7 +33,7 @@ func build(_ context.Context, s settings) (*serve.Program, error) {
 	if err != nil {
 		return nil, err
 	}
-	p, err := newPublisher(s.Publisher, s.GroupSize)
+	p, err := newPublisher(s.Publisher, s.secure(), s.GroupSize)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"strings"
 	"time"
 
 	"github.com/cloudevents/sdk-go/binding/format/protobuf/v2/pb"
@@ -12,6 +15,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
@@ -19,6 +23,7 @@ import (
 	"isobar.dev/events"
 	"isobar.dev/events/api"
 	"isobar.dev/internal/group"
+	"isobar.dev/internal/peer"
 	publisherv1 "isobar.dev/proto/isobar/publisher/v1"
 )
 
@@ -42,14 +47,20 @@ type publisher struct {
 	conn   *grpc.ClientConn
 	client publisherv1.PublisherServiceClient
 	group  *group.Committer[*pb.CloudEvent]
+	secure peer.TLS
+	log    peer.Log
 }
 
-func newPublisher(addr string, groupSize int) (*publisher, error) {
+func newPublisher(addr string, secure peer.TLS, groupSize int) (*publisher, error) {
 	if groupSize < 1 || groupSize > maxGroup {
 		return nil, fmt.Errorf("GROUP_SIZE must be 1 to %d, not %d", maxGroup, groupSize)
 	}
+	transport, err := newTransport(secure)
+	if err != nil {
+		return nil, err
+	}
 	conn, err := grpc.NewClient(addr,
-		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithTransportCredentials(transport),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: 5 * time.Second,
@@ -59,7 +70,7 @@ func newPublisher(addr string, groupSize int) (*publisher, error) {
 	if err != nil {
 		return nil, fmt.Errorf("PUBLISHER_ADDR %q: %w", addr, err)
 	}
-	p := &publisher{conn: conn, client: publisherv1.NewPublisherServiceClient(conn)}
+	p := &publisher{conn: conn, client: publisherv1.NewPublisherServiceClient(conn), secure: secure, log: peer.Log{Peer: "publisher"}}
 	calls := inFlight
 	if groupSize == 1 {
 		calls = waiting // then nothing is grouped, and nothing waits for anything else
@@ -112,7 +123,22 @@ func size(m *pb.CloudEvent) int {
 
 func (p *publisher) call(ctx context.Context, batch []*pb.CloudEvent) error {
 	_, err := p.client.Publish(ctx, &publisherv1.PublishRequest{Events: batch})
+	switch s := status.Convert(err); {
+	case err == nil, len(s.Details()) > 0: // these are the publisher's
+		p.log.Back()
+	case s.Code() == codes.Unavailable:
+		p.log.Away(p.why(s.Message()))
+	}
 	return err
+}
+
+// why is the error of a connection that is not there.
+func (p *publisher) why(says string) error {
+	if strings.Contains(says, "error reading server preface") {
+		advice, _ := p.secure.Advice(io.EOF)
+		says += ": " + advice
+	}
+	return errors.New(says)
 }
 
 // notNow makes of a call's status what a client is told.
@@ -147,7 +173,44 @@ func (p *publisher) close() {
 	p.conn.Close()
 }
 
-// peers is what /readyz says of the publisher: the state of the connection, without making one.
+// peers is what /readyz says of the publisher: the state of the connection, without making one, and why it was away at the
+// last call.
 func (p *publisher) peers() map[string]string {
-	return map[string]string{"publisher": p.conn.GetState().String()}
+	state := p.conn.GetState().String()
+	if err := p.log.Err(); err != nil {
+		state += ": " + err.Error()
+	}
+	return map[string]string{"publisher": state}
+}
+
+// transport is the credentials of the connections to the publisher, made anew for each. gRPC passes on no error but as
+// text, so that what to do about one is said here.
+type transport struct {
+	credentials.TransportCredentials
+	secure peer.TLS
+}
+
+func newTransport(secure peer.TLS) (*transport, error) {
+	config, err := secure.Config()
+	if err != nil {
+		return nil, err
+	}
+	t := &transport{insecure.NewCredentials(), secure}
+	if config != nil {
+		t.TransportCredentials = credentials.NewTLS(config)
+	}
+	return t, nil
+}
+
+func (t *transport) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	t, err := newTransport(t.secure)
+	if err != nil {
+		return nil, nil, err
+	}
+	conn, info, err := t.TransportCredentials.ClientHandshake(ctx, authority, conn)
+	return conn, info, t.secure.Explain(err)
+}
+
+func (t *transport) Clone() credentials.TransportCredentials {
+	return &transport{t.TransportCredentials.Clone(), t.secure}
 }

@@ -119,6 +119,14 @@ func idsOf(all []event.Event) map[string]bool {
 	return ids
 }
 
+// opened is a broker whose settings are right.
+func opened[B Broker](b B, err error) Broker {
+	if err != nil {
+		panic(err)
+	}
+	return b
+}
+
 func (w *world) opened(t *testing.T, name string, refuses bool) Broker {
 	t.Helper()
 	w.create(t, name, refuses)
@@ -337,7 +345,9 @@ func startKafka(t *testing.T) *world {
 	if err := w.server.Start(ctx); err != nil {
 		t.Fatalf("%v\n%s", err, local.Tail(w.server.Log(), 30))
 	}
-	w.open = func(name string) Broker { return newKafka(kafka.Settings{Brokers: []string{proxy.Addr()}}, name) }
+	w.open = func(name string) Broker {
+		return opened(newKafka(kafka.Settings{Brokers: []string{proxy.Addr()}}, name))
+	}
 	admin := func(t *testing.T) sarama.ClusterAdmin {
 		c := sarama.NewConfig()
 		c.Version = sarama.V3_0_0_0
@@ -429,7 +439,7 @@ func startRabbitMQ(t *testing.T) *world {
 	w.server = local.StartRabbitMQ(t, local.Management(management))
 	proxy.To(w.server.Addr())
 	w.open = func(name string) Broker {
-		return newRabbitMQ(rabbit.Settings{Addr: proxy.Addr(), Username: "guest", Password: "guest"}, name)
+		return opened(newRabbitMQ(rabbit.Settings{Addr: proxy.Addr()}, name))
 	}
 	api := func(t *testing.T, method, name, body string) {
 		t.Helper()
@@ -458,7 +468,7 @@ func startRabbitMQ(t *testing.T) *world {
 	}
 	w.remove = func(t *testing.T, name string) { api(t, http.MethodDelete, name, "") }
 	w.read = func(ctx context.Context, t *testing.T, name string, ids chan<- string) {
-		conn, err := rabbit.Dial(ctx, rabbit.Settings{Addr: w.server.Addr(), Username: "guest", Password: "guest"})
+		conn, err := rabbit.Dial(ctx, rabbit.Settings{Addr: w.server.Addr()})
 		if err != nil {
 			t.Error(err)
 			return

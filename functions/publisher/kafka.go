@@ -56,10 +56,16 @@ func (s *sent) fail(err error) {
 	}
 }
 
-func newKafka(s kafka.Settings, topic string) *kafkaTopic {
+// newKafka checks the settings; its error names the variable that is wrong.
+func newKafka(s kafka.Settings, topic string) (*kafkaTopic, error) {
 	k := &kafkaTopic{settings: s, topic: topic}
-	k.link = peer.NewLink("Kafka topic "+topic, k.use)
-	return k
+	if _, err := k.config(); err != nil {
+		return nil, err
+	}
+	k.link = peer.NewLink("Kafka topic "+topic, func(ctx context.Context, up func(*producer)) error {
+		return s.Explain(k.use(ctx, up))
+	})
+	return k, nil
 }
 
 func (k *kafkaTopic) Publish(ctx context.Context, reports []event.Event) error {
@@ -144,8 +150,11 @@ func (k *kafkaTopic) Err() error { return k.link.Err() }
 // Close gives up the producer once its records under way have their answers.
 func (k *kafkaTopic) Close() { k.link.Close() }
 
-func (k *kafkaTopic) config() *sarama.Config {
-	c := k.settings.Config()
+func (k *kafkaTopic) config() (*sarama.Config, error) {
+	c, err := k.settings.Config()
+	if err != nil {
+		return nil, err
+	}
 	c.Producer.RequiredAcks = sarama.WaitForAll
 	c.Producer.Idempotent = true
 	c.Producer.Partitioner = sarama.NewManualPartitioner // see next
@@ -155,12 +164,16 @@ func (k *kafkaTopic) config() *sarama.Config {
 	c.Producer.Retry.Backoff = 100 * time.Millisecond
 	c.Producer.Return.Successes = true
 	c.Producer.Return.Errors = true
-	return c
+	return c, nil
 }
 
 // use makes a producer and keeps it until it fails or ctx ends.
 func (k *kafkaTopic) use(ctx context.Context, up func(*producer)) error {
-	client, err := sarama.NewClient(k.settings.Brokers, k.config())
+	config, err := k.config()
+	if err != nil {
+		return err
+	}
+	client, err := sarama.NewClient(k.settings.Brokers, config)
 	if err != nil {
 		return fmt.Errorf("connect to Kafka: %w", err)
 	}

@@ -33,7 +33,16 @@ type settings struct {
 func main() { serve.Main("publisher", build) }
 
 func build(_ context.Context, s settings) (*serve.Program, error) {
-	brokers := every{"kafka": newKafka(s.Kafka, s.Topic), "rabbitmq": newRabbitMQ(s.RabbitMQ, s.Queue)}
+	rabbitMQ, err := newRabbitMQ(s.RabbitMQ, s.Queue)
+	if err != nil {
+		return nil, err
+	}
+	kafka, err := newKafka(s.Kafka, s.Topic)
+	if err != nil {
+		rabbitMQ.Close()
+		return nil, err
+	}
+	brokers := every{"kafka": kafka, "rabbitmq": rabbitMQ}
 	p := &publisher{brokers: brokers}
 	server, rest := newServer(p), api.Handler(p.rest)
 	listeners := []serve.Listener{

@@ -16,8 +16,12 @@ type rabbitMQ struct{ *rabbit.Sender }
 
 var _ Broker = rabbitMQ{}
 
-func newRabbitMQ(s rabbit.Settings, queue string) rabbitMQ {
-	return rabbitMQ{rabbit.NewSender(s, queue)}
+// newRabbitMQ checks the settings; its error names the variable that is wrong.
+func newRabbitMQ(s rabbit.Settings, queue string) (rabbitMQ, error) {
+	if err := s.Check(); err != nil {
+		return rabbitMQ{}, err
+	}
+	return rabbitMQ{rabbit.NewSender(s, queue)}, nil
 }
 
 func (b rabbitMQ) Publish(ctx context.Context, reports []event.Event) error {

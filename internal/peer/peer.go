@@ -3,7 +3,6 @@ package peer
 
 import (
 	"context"
-	"log/slog"
 	"math/rand/v2"
 	"time"
 )
@@ -13,26 +12,20 @@ const (
 	maxBackoff = time.Second
 )
 
-// Keep calls use again and again until ctx ends, waiting longer after each time that it failed at once. It logs when
+// Keep calls use again and again until ctx ends, waiting longer after each time that it failed at once. It tells a Log when
 // what is used goes away and when it is back: use calls up as soon as it works.
 func Keep(ctx context.Context, what string, use func(ctx context.Context, up func()) error) {
+	log := Log{Peer: what}
 	backoff := minBackoff
-	away := false
 	for {
 		err := use(ctx, func() {
 			backoff = minBackoff
-			if away {
-				slog.Info("is back", "peer", what)
-			}
-			away = false
+			log.Back()
 		})
 		if ctx.Err() != nil {
 			return
 		}
-		if !away {
-			slog.Warn("is away, trying again until it is back", "peer", what, "error", err)
-		}
-		away = true
+		log.Away(err)
 		select {
 		case <-ctx.Done():
 			return

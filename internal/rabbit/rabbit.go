@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,11 +17,45 @@ import (
 	"isobar.dev/internal/peer"
 )
 
-// Settings say where RabbitMQ is.
+// Settings say where RabbitMQ is and how to get in.
 type Settings struct {
 	Addr     string `env:"RABBITMQ_ADDR,required,notEmpty"` // HOST:PORT
-	Username string `env:"RABBITMQ_USERNAME" envDefault:"guest"`
-	Password string `env:"RABBITMQ_PASSWORD" envDefault:"guest"`
+	TLS      bool   `env:"RABBITMQ_TLS"`
+	CAFile   string `env:"RABBITMQ_CA_FILE"`  // PEM; the system's authorities without it
+	Username string `env:"RABBITMQ_USERNAME"` // guest, with the password guest, without both
+	Password string `env:"RABBITMQ_PASSWORD"`
+}
+
+// Check returns an error that names the variable that is wrong.
+func (s Settings) Check() error {
+	if err := peer.CheckAddr(s.Addr); err != nil {
+		return fmt.Errorf("RABBITMQ_ADDR must be HOST:PORT: %w", err)
+	}
+	if (s.Username == "") != (s.Password == "") {
+		return errors.New("RABBITMQ_USERNAME and RABBITMQ_PASSWORD must be set together")
+	}
+	_, err := s.tls().Config()
+	return err
+}
+
+// Login returns the name and the password to log in with.
+func (s Settings) Login() (username, password string) {
+	if s.Username == "" && s.Password == "" {
+		return "guest", "guest"
+	}
+	return s.Username, s.Password
+}
+
+// Explain returns an error of connecting with what to do about it, where that is known.
+func (s Settings) Explain(err error) error {
+	if errors.Is(err, ErrRefused) {
+		return fmt.Errorf("%w: RABBITMQ_PASSWORD is wrong, or RABBITMQ_USERNAME (RabbitMQ takes guest from its own machine only)", err)
+	}
+	return s.tls().Explain(err)
+}
+
+func (s Settings) tls() peer.TLS {
+	return peer.TLS{Peer: "RabbitMQ", Prefix: "RABBITMQ_", On: s.TLS, CAFile: s.CAFile}
 }
 
 const (
@@ -39,17 +74,34 @@ type Conn struct {
 	wire *wire
 }
 
-// Dial opens a connection. The caller closes it.
-func Dial(ctx context.Context, s Settings) (*Conn, error) {
-	dialer := net.Dialer{Timeout: connectTimeout}
-	conn, err := dialer.DialContext(ctx, "tcp", s.Addr)
+// Connect opens the connection below AMQP. The caller closes it.
+func Connect(ctx context.Context, s Settings) (net.Conn, error) {
+	conn, err := s.tls().Dial(ctx, s.Addr, connectTimeout)
 	if err != nil {
-		return nil, fmt.Errorf("connect to RabbitMQ: %w", err)
+		return nil, fmt.Errorf("connect to RabbitMQ at %s: %w", s.Addr, err)
+	}
+	return conn, nil
+}
+
+// ErrRefused is the error of a login that RabbitMQ does not take.
+var ErrRefused = errors.New("RabbitMQ refuses the user or the password")
+
+// Dial opens a connection. The caller closes it. Its error is explained.
+func Dial(ctx context.Context, s Settings) (*Conn, error) {
+	conn, err := dial(ctx, s)
+	return conn, s.Explain(err)
+}
+
+func dial(ctx context.Context, s Settings) (*Conn, error) {
+	username, password := s.Login()
+	conn, err := Connect(ctx, s)
+	if err != nil {
+		return nil, err
 	}
 	w := newWire(conn)
 	defer context.AfterFunc(ctx, func() { conn.Close() })() // the client knows no context
 	client, err := amqp.New(w,
-		amqp.ConnSASLPlain(s.Username, s.Password),
+		amqp.ConnSASLPlain(username, password),
 		amqp.ConnServerHostname("vhost:/"),
 		amqp.ConnConnectTimeout(connectTimeout),
 		amqp.ConnIdleTimeout(idleTimeout),
@@ -58,7 +110,10 @@ func Dial(ctx context.Context, s Settings) (*Conn, error) {
 	)
 	if err != nil {
 		_ = w.Close()
-		return nil, fmt.Errorf("open an AMQP connection to RabbitMQ at %s as user %q: %w", s.Addr, s.Username, err)
+		if strings.HasPrefix(err.Error(), "SASL PLAIN auth failed") { // the client has no other word for it
+			err = ErrRefused
+		}
+		return nil, fmt.Errorf("open an AMQP connection to RabbitMQ at %s as user %q: %w", s.Addr, username, err)
 	}
 	return &Conn{client, w}, nil
 }

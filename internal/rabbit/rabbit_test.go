@@ -116,9 +116,9 @@ func TestRabbitMQ(t *testing.T) {
 	})
 	t.Run("a wrong password is said, with the user and the address", func(t *testing.T) {
 		wrong := settings
-		wrong.Password = "wrong"
+		wrong.Username, wrong.Password = local.RabbitUser, "secret"
 		_, err := Dial(t.Context(), wrong)
-		if err == nil || !bytes.Contains([]byte(err.Error()), []byte(settings.Addr)) || !bytes.Contains([]byte(err.Error()), []byte(`"guest"`)) || bytes.Contains([]byte(err.Error()), []byte("wrong")) {
+		if err == nil || !bytes.Contains([]byte(err.Error()), []byte(settings.Addr)) || !bytes.Contains([]byte(err.Error()), []byte(`"guest"`)) || bytes.Contains([]byte(err.Error()), []byte("secret")) {
 			t.Errorf("the error is %v", err)
 		}
 	})

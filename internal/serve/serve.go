@@ -15,6 +15,7 @@ import (
 	"reflect"
 	"runtime"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -89,7 +90,7 @@ func run[S any](name string, build func(context.Context, S) (*Program, error)) e
 	settings, err := env.ParseAs[S]()
 	if err != nil {
 		if wrong, ok := errors.AsType[env.ParseError](err); ok {
-			err = fmt.Errorf("%s: %w", variable(reflect.TypeFor[S](), wrong.Name), wrong.Err)
+			err = fmt.Errorf("%s: %w", variable(reflect.TypeFor[S](), wrong), wrong.Err)
 		}
 		return fmt.Errorf("settings of %s: %w", name, err)
 	}
@@ -101,20 +102,32 @@ func run[S any](name string, build func(context.Context, S) (*Program, error)) e
 	return program.Run(ctx)
 }
 
-// variable is the environment variable of a field of the settings; env's errors name the field only.
-func variable(settings reflect.Type, name string) string {
-	for _, field := range reflect.VisibleFields(settings) {
-		if field.Name == name {
-			tag, _, _ := strings.Cut(field.Tag.Get("env"), ",")
-			return tag
+// variable is the environment variable of a field of the settings; env's errors name the field only. Where several have
+// that name, it is the one whose value the error quotes.
+func variable(settings reflect.Type, wrong env.ParseError) string {
+	var name string
+	for _, v := range variables(settings, wrong.Name) {
+		if value := os.Getenv(v); name == "" || value != "" && strings.Contains(wrong.Err.Error(), strconv.Quote(value)) {
+			name = v
 		}
-		if field.Type.Kind() == reflect.Struct {
-			if inner := variable(field.Type, name); inner != "" {
-				return field.Tag.Get("envPrefix") + inner
+	}
+	return name
+}
+
+func variables(settings reflect.Type, field string) []string {
+	var names []string
+	for f := range settings.Fields() {
+		switch {
+		case f.Name == field:
+			name, _, _ := strings.Cut(f.Tag.Get("env"), ",")
+			names = append(names, name)
+		case f.Type.Kind() == reflect.Struct:
+			for _, inner := range variables(f.Type, field) {
+				names = append(names, f.Tag.Get("envPrefix")+inner)
 			}
 		}
 	}
-	return ""
+	return names
 }
 
 // logger writes JSON in a cluster and readable text elsewhere.

@@ -40,6 +40,9 @@ type testSettings struct {
 	Inner  struct {
 		Wait time.Duration `env:"SERVE_INNER" envDefault:"1s"`
 	}
+	Same struct {
+		Wait time.Duration `env:"SAME" envDefault:"1s"`
+	} `envPrefix:"SERVE_"`
 }
 
 func program() (*Program, error) {
@@ -451,6 +454,7 @@ func TestSettings(t *testing.T) {
 	for _, c := range []struct{ name, needed, number, says string }{
 		{"a missing one is named", "", "1", "SERVE_NEEDED"},
 		{"a wrong one in a struct is named", "x", "1", "SERVE_INNER"},
+		{"of several fields of a name, the wrong one is named", "x", "1", "SERVE_SAME"},
 		{"a wrong one is named", "x", "many", "SERVE_NUMBER"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -458,8 +462,8 @@ func TestSettings(t *testing.T) {
 				t.Setenv("SERVE_NEEDED", c.needed)
 			}
 			t.Setenv("SERVE_NUMBER", c.number)
-			if c.says == "SERVE_INNER" {
-				t.Setenv("SERVE_INNER", "soon")
+			if c.says == "SERVE_INNER" || c.says == "SERVE_SAME" {
+				t.Setenv(c.says, "soon")
 			}
 			if err := run("tested", build); err == nil || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "settings of tested") {
 				t.Errorf("the error is %v", err)

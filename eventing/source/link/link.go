@@ -88,12 +88,11 @@ const (
 	frameSASL = 1
 )
 
-// Open connects and attaches to a queue, which must be there.
+// Open connects and attaches to a queue, which must be there. Its error is explained as rabbit.Dial's is.
 func Open(ctx context.Context, s rabbit.Settings, queue string) (*Link, error) {
-	dialer := net.Dialer{Timeout: stepTimeout}
-	conn, err := dialer.DialContext(ctx, "tcp", s.Addr)
+	conn, err := rabbit.Connect(ctx, s)
 	if err != nil {
-		return nil, fmt.Errorf("connect to RabbitMQ: %w", err)
+		return nil, s.Explain(err)
 	}
 	l := &Link{conn: conn, in: bufio.NewReaderSize(conn, 64<<10), stop: make(chan struct{}), ended: make(chan struct{}), large: make(map[uint32]int)}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
@@ -102,7 +101,7 @@ func Open(ctx context.Context, s rabbit.Settings, queue string) (*Link, error) {
 	heartbeat, err := l.open(s, queue)
 	if err != nil {
 		conn.Close()
-		return nil, err
+		return nil, s.Explain(err)
 	}
 	_ = conn.SetDeadline(time.Time{})
 	if heartbeat > 0 {
@@ -112,7 +111,8 @@ func Open(ctx context.Context, s rabbit.Settings, queue string) (*Link, error) {
 }
 
 func (l *Link) open(s rabbit.Settings, queue string) (heartbeat time.Duration, err error) {
-	as := fmt.Sprintf("open an AMQP connection to RabbitMQ at %s as user %q", s.Addr, s.Username)
+	username, password := s.Login()
+	as := fmt.Sprintf("open an AMQP connection to RabbitMQ at %s as user %q", s.Addr, username)
 	if err := l.greet(3); err != nil {
 		return 0, fmt.Errorf("%s: %w", as, err)
 	}
@@ -121,7 +121,7 @@ func (l *Link) open(s rabbit.Settings, queue string) (heartbeat time.Duration, e
 	}
 	err = l.send(frameSASL, saslInit, 2, func(b []byte) []byte {
 		b = appendSymbol(b, "PLAIN")
-		return appendBinary(b, []byte("\x00"+s.Username+"\x00"+s.Password))
+		return appendBinary(b, []byte("\x00"+username+"\x00"+password))
 	})
 	if err != nil {
 		return 0, fmt.Errorf("%s: %w", as, err)
@@ -131,7 +131,7 @@ func (l *Link) open(s rabbit.Settings, queue string) (heartbeat time.Duration, e
 		return 0, fmt.Errorf("%s: %w", as, err)
 	}
 	if outcome[0].uint() != 0 {
-		return 0, fmt.Errorf("%s: RabbitMQ refuses the user or the password", as)
+		return 0, fmt.Errorf("%s: %w", as, rabbit.ErrRefused)
 	}
 	if err := l.greet(0); err != nil {
 		return 0, fmt.Errorf("%s: %w", as, err)
