@@ -13,6 +13,7 @@ require (
 	github.com/google/uuid v1.6.0
 	github.com/redis/go-redis/v9 v9.23.0
 	github.com/xdg-go/scram v1.4.0
+	golang.org/x/sync v0.23.0
 	google.golang.org/grpc v1.85.0
 	knative.dev/pkg v0.0.0-20250716115900-19d3cc2da0b9
 )

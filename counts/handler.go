@@ -10,6 +10,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	"isobar.dev/events"
 	"isobar.dev/internal/group"
 	"isobar.dev/internal/problem"
@@ -41,7 +43,7 @@ const (
 //   - 503 with Retry-After for everything that may pass. It may have been counted: sending the same again is safe.
 type Handler struct {
 	group *group.Committer[events.Arrival]
-	room  budget
+	room  *semaphore.Weighted
 }
 
 // NewHandler returns a Handler that counts in store. GroupSize is the most reports that are gathered for one call of it,
@@ -68,7 +70,7 @@ func NewHandler(store Store, groupSize int) (*Handler, error) {
 				return ok && f.Contents
 			},
 		}),
-		room: budget{left: memory, freed: make(chan struct{})},
+		room: semaphore.NewWeighted(memory),
 	}, nil
 }
 
@@ -102,10 +104,10 @@ func (h *Handler) count(ctx context.Context, w http.ResponseWriter, r *http.Requ
 	if size < 0 {
 		size = MaxBody
 	}
-	if err := h.room.take(ctx, size); err != nil {
+	if err := h.room.Acquire(ctx, size); err != nil {
 		return err
 	}
-	defer h.room.give(size)
+	defer h.room.Release(size)
 	arrivals, err := read(ctx, w, r)
 	if err != nil {
 		return err
@@ -205,38 +207,4 @@ func details(err error) problem.Details {
 		d.Detail = "the caller has gone"
 	}
 	return d
-}
-
-// budget bounds a number of bytes.
-type budget struct {
-	mu    sync.Mutex
-	left  int64
-	freed chan struct{} // closed and replaced when there is more
-}
-
-// take waits until n bytes are left, and takes them.
-func (b *budget) take(ctx context.Context, n int64) error {
-	for {
-		b.mu.Lock()
-		if b.left >= n {
-			b.left -= n
-			b.mu.Unlock()
-			return nil
-		}
-		freed := b.freed
-		b.mu.Unlock()
-		select {
-		case <-freed:
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-	}
-}
-
-func (b *budget) give(n int64) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.left += n
-	close(b.freed)
-	b.freed = make(chan struct{})
 }

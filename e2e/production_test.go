@@ -33,9 +33,9 @@ func TestAsInProduction(t *testing.T) {
 	user := local.Config("user isobar on >secret " + string(rights))
 	own := map[local.Kind][]local.Option{
 		// Who comes without TLS may do everything in Kafka, and nobody else anything that is not said.
-		local.KafkaKind: {local.User("isobar", "secret"), local.Config(
+		local.KafkaKind: {local.Login("isobar", "secret"), local.Config(
 			"authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer", "super.users=User:ANONYMOUS")},
-		local.RabbitMQKind: {local.User("isobar", "secret", rabbitPermissions(t))},
+		local.RabbitMQKind: {local.Account("isobar", "secret", rabbitPermissions(t))},
 		local.RedisKind:    {user},
 		local.ValkeyKind:   {user},
 	}

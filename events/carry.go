@@ -230,8 +230,8 @@ func Extend(data []byte, extensions map[string]string) ([]byte, error) {
 	return AppendJSON(make([]byte, 0, len(data)+64), &e), nil
 }
 
-// Recover reads the event that CarryRecord, CarryMessage or CarryStructured has appended. Unlike Parse it knows no
-// limits: what is refused because its id is too long must still be kept under that id.
+// Recover reads the event that CarryRecord, CarryMessage or CarryStructured has appended. What Parse refuses, though the
+// SDK has read it, must still be kept under its id.
 func Recover(data []byte) event.Event {
 	if e, err := Parse(data); err == nil {
 		return e

@@ -255,6 +255,10 @@ func idempotencyKey(h http.Header) (string, error) {
 // readBinary reads an event of which the attributes are headers.
 func readBinary(h http.Header, body []byte) (event.Event, error) {
 	v := envelope{}
+	decode := unescape
+	if h.Get("Ce-Knativekafkaoffset") != "" { // KafkaSource's: decoded, one id may become another
+		decode = literal
+	}
 	for name, values := range h {
 		attribute, is := strings.CutPrefix(strings.ToLower(name), "ce-")
 		if !is {
@@ -263,7 +267,7 @@ func readBinary(h http.Header, body []byte) (event.Event, error) {
 		if len(values) > 1 {
 			return event.Event{}, violation("ce-"+attribute, nil, "must stand once")
 		}
-		text := unescape(values[0])
+		text := decode(values[0])
 		value := appendString(nil, text)
 		if !utf8.ValidString(text) { // with its bytes replaced, one id may become another
 			return event.Event{}, violation("ce-"+attribute, value, "must be UTF-8")

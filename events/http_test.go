@@ -90,6 +90,7 @@ var requestCases = []struct {
 	{name: "binary: its own identity", headers: inBinary(), body: gt, want: []string{"/app a"}},
 	{name: "binary: its own identity, not the key", headers: inBinary("Idempotency-Key", "k"), body: gt, want: []string{"/app a"}},
 	{name: "binary: no content type", headers: inBinary()[:8], body: gt, want: []string{"/app a"}},
+	{name: "binary, as KafkaSource writes it: a percent sign is one", headers: []string{"Ce-Specversion", "1.0", "Ce-Id", "a%41\xe9", "Ce-Source", "/app", "Ce-Type", Type, "Ce-Knativekafkaoffset", "7"}, body: gt, want: []string{"/app a%41é"}},
 	{name: "binary: percent-encoded values", headers: []string{"Ce-Specversion", "1.0", "Ce-Id", "%C3%A4%20%25%zz", "Ce-Source", "/a%2Fb", "Ce-Type", Type}, body: gt, want: []string{"/a/b ä %%zz"}},
 	{name: "binary: an extension is kept", headers: inBinary("Ce-Station", "north"), body: gt, want: []string{"/app a"}},
 	{name: "binary: no id", headers: append([]string{"Ce-Specversion", "1.0", "Ce-Source", "/app", "Ce-Type", Type}, inJSON...), body: gt, err: &Violation{Field: "id"}},

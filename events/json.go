@@ -145,8 +145,8 @@ func (v *envelope) identity() (source, id, typ string, err error) {
 	if source, err = text("source", v.source, ruleSource); err != nil {
 		return "", "", "", err
 	}
-	if err = checkIdentity(source, id); err != nil {
-		return "", "", "", err
+	if id == "" || source == "" {
+		return "", "", "", checkIdentity(source, id)
 	}
 	if typ, err = text("type", v.typ, ruleType); err != nil {
 		return "", "", "", err
@@ -272,7 +272,7 @@ func setExtension(ctx *event.EventContextV1, m member) error {
 }
 
 // Parse reads one CloudEvent in JSON. The event may share memory with data. It is a CloudEvent 1.0 that may carry
-// anything: Normalize tells whether it can be counted. The error is a *Malformed or a *Violation.
+// anything, at any length: Normalize tells whether it can be counted. The error is a *Malformed or a *Violation.
 func Parse(data []byte) (event.Event, error) {
 	d := decode(data)
 	defer d.free()
@@ -420,6 +420,9 @@ func (v *envelope) arrival() (Arrival, error) {
 }
 
 func newArrival(source, id, typ string, data []byte) (Arrival, error) {
+	if err := checkIdentity(source, id); err != nil {
+		return Arrival{}, err
+	}
 	if typ != Type && !slices.Contains(wrappers, typ) {
 		return Arrival{}, violation("type", quote(typ), ruleArrivalType)
 	}
@@ -450,8 +453,5 @@ func ParseArrivals(data []byte) ([]Arrival, error) {
 
 // ParseArrival reads one CloudEvent for a writer; its errors are Parse's and ParseReport's.
 func ParseArrival(e *event.Event) (Arrival, error) {
-	if err := checkIdentity(e.Source(), e.ID()); err != nil {
-		return Arrival{}, err
-	}
 	return newArrival(e.Source(), e.ID(), e.Type(), e.DataEncoded)
 }

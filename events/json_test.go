@@ -83,6 +83,7 @@ func sdkEvents() map[string]event.Event {
 	add("JSON data without a content type", func(e *event.Event) { e.DataEncoded = []byte(`{"a":1}`) })
 	add("JSON data in bytes", func(e *event.Event) { _ = e.SetData("application/json", []byte(`{"a":1}`)) })
 	add("data that is no JSON though it says so", func(e *event.Event) { _ = e.SetData("application/json", []byte(`{"a":`)) })
+	add("a CloudEvent as data", func(e *event.Event) { _ = e.SetData("application/cloudevents+json", []byte(envelopeGT)) })
 	add("text", func(e *event.Event) { _ = e.SetData("text/plain", "x \"y\"\n") })
 	add("text of quotes", func(e *event.Event) { _ = e.SetData("text/plain; charset=utf-8", `"x"`) })
 	add("bytes", func(e *event.Event) { _ = e.SetData("application/octet-stream", []byte{0, 1, 0xff, '"'}) })

@@ -25,7 +25,37 @@ func WriteRecord(e *event.Event, topic string) (*sarama.ProducerMessage, error) 
 	if err := kafka.WriteProducerMessage(ctx, (*binding.EventMessage)(e), record); err != nil {
 		return nil, fmt.Errorf("write event %q as a Kafka record: %w", e.ID(), err)
 	}
+	for i, h := range record.Headers {
+		if string(h.Key) == contentType {
+			record.Headers[i] = contentTypeHeader(string(h.Value))
+		}
+	}
 	return record, nil
+}
+
+// WriteRecords makes the records of several events.
+func WriteRecords(events []event.Event, topic string) ([]*sarama.ProducerMessage, error) {
+	records := make([]*sarama.ProducerMessage, len(events))
+	for i := range events {
+		record, err := WriteRecord(&events[i], topic)
+		if err != nil {
+			return nil, err
+		}
+		records[i] = record
+	}
+	return records, nil
+}
+
+const contentType = "content-type"
+
+// contentTypeHeader is the header of the data's content type. For data that is a CloudEvent itself it is not the usual
+// one, by which the record would be that event, but one that readers of binary mode know as well.
+func contentTypeHeader(mediaType string) sarama.RecordHeader {
+	key := contentType
+	if strings.HasPrefix(strings.ToLower(mediaType), "application/cloudevents") {
+		key = "ce_datacontenttype"
+	}
+	return sarama.RecordHeader{Key: []byte(key), Value: []byte(mediaType)}
 }
 
 // The headers of binary mode, shared by all records: nobody writes to them.

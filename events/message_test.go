@@ -2,6 +2,7 @@ package events
 
 import (
 	"context"
+	"strings"
 	"testing"
 
 	amqp "github.com/Azure/go-amqp"
@@ -98,7 +99,7 @@ func TestForeignRecords(t *testing.T) {
 	for name, identity := range map[string]string{
 		"plain JSON": "/kafka/message partition:3/offset:7", "bytes": "/kafka/message partition:3/offset:7",
 		"a tombstone": "/kafka/message partition:3/offset:7", "no id": "/kafka/message partition:3/offset:7",
-		"structured": DefaultSource + " a-1", "as our publisher writes it": DefaultSource + " a-1",
+		"structured": DefaultSource + " a-1", "structured, an id longer than we take": DefaultSource + " " + strings.Repeat("i", MaxID+1), "as our publisher writes it": DefaultSource + " a-1",
 	} {
 		e := ReadRecord(recordCases[name].record, "/kafka/message")
 		if got := e.Source() + " " + e.ID(); got != identity {

@@ -102,14 +102,14 @@ func (s *settings) kafkaTLS(addr string, controller int) (string, error) {
 		return "", err
 	}
 	return fmt.Sprintf(`
-listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d,SASL_SSL://%[2]s:%[4]d
-advertised.listeners=PLAINTEXT://%[1]s,CONTROLLER://%[2]s:%[3]d,SASL_SSL://%[2]s:%[4]d
+listeners=PLAINTEXT://%[1]s,CONTROLLER://%[6]s:%[3]d,SASL_SSL://%[2]s:%[4]d
+advertised.listeners=PLAINTEXT://%[1]s,CONTROLLER://%[6]s:%[3]d,SASL_SSL://%[2]s:%[4]d
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SASL_SSL:SASL_SSL
 ssl.keystore.type=PEM
 ssl.keystore.location=%[5]s
 sasl.enabled.mechanisms=SCRAM-SHA-512
 listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config=org.apache.kafka.common.security.scram.ScramLoginModule required;
-`, addr, loopback, controller, s.tls.port, store), nil
+`, addr, s.host, controller, s.tls.port, store, loopback), nil
 }
 
 // formatKafka makes dir the data of an empty Kafka.
@@ -158,13 +158,13 @@ func (s *settings) kafkaReady(ctx context.Context, addr string) error {
 		return err
 	}
 	defer admin.Close()
-	for _, u := range s.users {
+	if s.user != "" {
 		_, err := admin.UpsertUserScramCredentials([]sarama.AlterUserScramCredentialsUpsert{{
-			Name: u.name, Password: []byte(u.password),
+			Name: s.user, Password: []byte(s.password),
 			Mechanism: sarama.SCRAM_MECHANISM_SHA_512, Iterations: 4096, Salt: []byte(rand.Text()),
 		}})
 		if err != nil {
-			return fmt.Errorf("create user %q: %w", u.name, err)
+			return fmt.Errorf("create user %q: %w", s.user, err)
 		}
 	}
 	var names []string

@@ -100,20 +100,20 @@ func (s *settings) writeRabbit(port int) error {
 	}
 	if s.tls.port != 0 {
 		places += fmt.Sprintf("listeners.ssl.1 = %s:%d\nssl_options.certfile = %s\nssl_options.keyfile = %s\nssl_options.verify = verify_none\n",
-			loopback, s.tls.port, s.tls.cert, s.tls.key)
+			s.host, s.tls.port, s.tls.cert, s.tls.key)
 	}
 	// With definitions to import, RabbitMQ leaves its default user out. They can't name it: they are the cluster's too.
 	var users, permissions []any
-	name, password := s.rabbitLogin()
-	for _, a := range append([]account{{name: name, password: password}}, s.users...) {
-		tag, may := "administrator", Permissions{".*", ".*", ".*"}
-		if len(a.may) > 0 {
-			tag, may = "", a.may[0]
-		}
+	add := func(a account, tag string) {
 		users = append(users, map[string]any{"name": a.name, "password": a.password, "tags": tag})
 		permissions = append(permissions, map[string]any{
-			"user": a.name, "vhost": "/", "configure": may.Configure, "write": may.Write, "read": may.Read,
+			"user": a.name, "vhost": "/", "configure": a.may.Configure, "write": a.may.Write, "read": a.may.Read,
 		})
+	}
+	name, password := s.rabbitLogin()
+	add(account{name, password, Permissions{".*", ".*", ".*"}}, "administrator")
+	for _, a := range s.accounts {
+		add(a, "")
 	}
 	accounts, err := json.Marshal(map[string]any{
 		"users": users, "vhosts": []any{map[string]any{"name": "/"}}, "permissions": permissions,
@@ -164,7 +164,7 @@ func (s *settings) queuesOnDisk() error {
 
 // rabbitLogin is the administrator's name and password.
 func (s *settings) rabbitLogin() (name, password string) {
-	return cmp.Or(s.login.name, RabbitUser), cmp.Or(s.login.password, RabbitPassword)
+	return cmp.Or(s.user, RabbitUser), cmp.Or(s.password, RabbitPassword)
 }
 
 func (s *settings) rabbitReady(ctx context.Context, addr string) error {

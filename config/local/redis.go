@@ -36,8 +36,8 @@ func redis(dir string, port int, kind, program string, options []Option) *Proces
 			return Spec{}, err
 		}
 		access := "bind " + o.host
-		if o.login.password != "" {
-			access += fmt.Sprintf("\nrequirepass %[2]s\nuser %[1]s on >%[2]s ~* &* +@all", o.login.name, o.login.password)
+		if o.password != "" {
+			access += fmt.Sprintf("\nrequirepass %[2]s\nuser %[1]s on >%[2]s ~* &* +@all", o.user, o.password)
 		}
 		role := ""
 		if o.replicaOf != "" {
@@ -101,14 +101,14 @@ func (s *settings) ping(port int) func(context.Context) error {
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(dialTimeout))
 		ask := bufio.NewReadWriter(bufio.NewReader(c), bufio.NewWriter(c))
-		if s.login.password != "" {
-			fmt.Fprintf(ask, "AUTH %s\r\n", s.login.password)
+		if s.password != "" {
+			fmt.Fprintf(ask, "AUTH %s\r\n", s.password)
 		}
 		fmt.Fprintf(ask, "PING\r\n")
 		if err := ask.Flush(); err != nil {
 			return err
 		}
-		if s.login.password != "" {
+		if s.password != "" {
 			if _, err := ask.ReadString('\n'); err != nil {
 				return err
 			}

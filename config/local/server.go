@@ -23,8 +23,8 @@ type Option func(*settings)
 type settings struct {
 	kind, dir, log string
 	host           string
-	login          account
-	users          []account
+	user, password string
+	accounts       []account
 	config         []string
 	replicaOf      string
 	management     int
@@ -33,15 +33,6 @@ type settings struct {
 		cert, key string
 	}
 }
-
-type account struct {
-	name, password string
-	may            []Permissions // everything, if none
-}
-
-// Permissions are regular expressions of the names of exchanges and queues in RabbitMQ's vhost "/" that a user may configure,
-// write to and read from.
-type Permissions struct{ Configure, Write, Read string }
 
 // Named names the process; its log is then NAME.log. The default is its kind: "kafka", "redis".
 func Named(name string) Option { return func(s *settings) { s.kind = name } }
@@ -63,25 +54,33 @@ func ReplicaOf(addr string) Option { return func(s *settings) { s.replicaOf = ad
 func Management(port int) Option { return func(s *settings) { s.management = port } }
 
 // On makes the server listen on another address of this machine, for clients that are not on it. They should need a
-// password then: see [Login].
+// login then: see [Login].
 func On(host string) Option { return func(s *settings) { s.host = host } }
 
-// Login sets the name and password that a Redis or Valkey wants from then on, where the password alone will do as well, and
-// those of RabbitMQ's administrator, which are guest and guest otherwise. Kafka ignores it.
-func Login(name, password string) Option {
-	return func(s *settings) { s.login = account{name: name, password: password} }
+// Login is who may do everything: the only user of Kafka's TLS port, RabbitMQ's administrator in place of guest, a user of
+// Redis and Valkey, which take the password alone as well and want one from then on.
+func Login(user, password string) Option {
+	return func(s *settings) { s.user, s.password = user, password }
 }
 
-// TLS opens one more port on 127.0.0.1 at which the server speaks TLS, with the certificate and the key in these PEM files.
-// Kafka's asks who logs in there, by SCRAM-SHA-512, and only knows those of [User].
+// Permissions are regular expressions of the names of exchanges and queues in RabbitMQ's vhost "/" that a user may configure,
+// write to and read from.
+type Permissions struct{ Configure, Write, Read string }
+
+type account struct {
+	name, password string
+	may            Permissions
+}
+
+// Account gives RabbitMQ one more user, who may do that and no more. The others ignore it.
+func Account(name, password string, may Permissions) Option {
+	return func(s *settings) { s.accounts = append(s.accounts, account{name, password, may}) }
+}
+
+// TLS opens one more port at which the server speaks TLS, with the certificate and the key in these PEM files. Kafka's asks
+// who logs in there, by SCRAM-SHA-512.
 func TLS(port int, cert, key string) Option {
 	return func(s *settings) { s.tls.port, s.tls.cert, s.tls.key = port, cert, key }
-}
-
-// User gives Kafka and RabbitMQ one more user. RabbitMQ's has all rights, or these permissions and no others; Kafka's what its
-// authorizer says, if it has one. The others ignore it.
-func User(name, password string, may ...Permissions) Option {
-	return func(s *settings) { s.users = append(s.users, account{name, password, may}) }
 }
 
 func gather(dir, kind string, options []Option) *settings {

@@ -42,7 +42,7 @@ func TestServer(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			p := server.start(t, TLS(secure, cert, key), User("isobar", "secret"))
+			p := server.start(t, TLS(secure, cert, key))
 			addr, pid := p.Addr(), p.Pid()
 			server.put(t, addr, "promised")
 

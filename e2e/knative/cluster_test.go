@@ -12,10 +12,12 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -46,11 +48,22 @@ func TestMain(m *testing.M) {
 		fmt.Println("needs a cluster: make e2e")
 		return
 	}
+	told := make(chan os.Signal, 1)
+	signal.Notify(told, os.Interrupt, syscall.SIGTERM)
+	done := make(chan int, 1)
+	go func() {
+		if err := begin(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			done <- 1
+			return
+		}
+		done <- m.Run()
+	}()
 	code := 1
-	if err := begin(); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-	} else {
-		code = m.Run()
+	select {
+	case code = <-done:
+	case <-told:
+		fmt.Fprintln(os.Stderr, "told to stop: taking everything away")
 	}
 	if err := end(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -30,13 +30,13 @@ func TestDeployAndReport(t *testing.T) {
 func TestByHand(t *testing.T) {
 	deployed(t)
 	said := readme(t, "By hand")
-	if n := strings.Count(said, "202 Accepted"); n != 1 {
-		t.Errorf("%d of 1 reports are accepted", n)
+	if n := strings.Count(said, "202 Accepted"); n != 2 {
+		t.Errorf("%d of 2 reports are accepted", n)
 	}
 	if !strings.Contains(said, "rabbitmq-source") {
 		t.Error("kn does not list the RabbitMQ source")
 	}
-	counted(t, 30*time.Second, inGT(1))
+	counted(t, 30*time.Second, inGT(2))
 }
 
 // The images hold a program and nothing else: 15 MB at most as they are pulled, with a list of what they are made of.

@@ -3,6 +3,7 @@ package knative
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"strings"
@@ -78,21 +79,42 @@ func latestReady(t *testing.T, name string) string {
 	return kubectl(t, "-n", namespace, "get", "ksvc", name, "-o", "jsonpath={.status.latestReadyRevisionName}")
 }
 
-// forceToZero takes every pod of a service away, and waits until Knative has brought one back for the load.
+// forceToZero takes every pod of a service away, and waits until there is one again for the load: Knative brings it, but for
+// the ingress, since an HPA leaves at zero what somebody has put there.
 func forceToZero(t *testing.T, name string) {
 	t.Helper()
-	kubectl(t, "-n", namespace, "scale", "deployment", "-l", ofService(name), "--replicas=0")
+	scale := func(replicas int) {
+		kubectl(t, "-n", namespace, "scale", "deployment", "-l", ofService(name), fmt.Sprintf("--replicas=%d", replicas))
+	}
+	before := map[string]bool{}
+	all, err := pods(t.Context(), ofService(name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range all {
+		before[p.name] = true
+	}
+	scale(0)
+	if name == "ingress" {
+		until(t, time.Minute, func(ctx context.Context) error {
+			all, err := pods(ctx, ofService(name))
+			for _, p := range all {
+				if !p.ending {
+					return fmt.Errorf("%s still serves", p.name)
+				}
+			}
+			return err
+		})
+		scale(1)
+	}
 	until(t, 2*time.Minute, func(ctx context.Context) error {
 		all, err := pods(ctx, ofService(name))
-		if err != nil {
-			return err
-		}
 		for _, p := range all {
-			if !p.ending {
+			if !before[p.name] {
 				return nil
 			}
 		}
-		return fmt.Errorf("%s has no pod again yet", name)
+		return errors.Join(err, fmt.Errorf("%s has no new pod yet", name))
 	})
 }
 

@@ -126,6 +126,9 @@ func writeSchemas(t *testing.T, dir string) {
 				continue // what all kinds have, like options
 			}
 			kind := kinds[0].(map[string]any)
+			if kind["group"] == "" {
+				kind["group"] = kind["version"] // as kubeconform calls the core's
+			}
 			text, err := json.Marshal(map[string]any{
 				"$ref":       "#/components/schemas/" + name,
 				"components": map[string]any{"schemas": schemas},
@@ -159,12 +162,7 @@ func makeStrict(schema map[string]any) {
 		delete(schema, "type")
 	}
 	inner := slices.Collect(maps.Values(properties))
-	inner = append(inner, schema["items"], schema["additionalProperties"])
-	for _, several := range []string{"allOf", "anyOf", "oneOf"} {
-		list, _ := schema[several].([]any)
-		inner = append(inner, list...)
-	}
-	for _, s := range inner {
+	for _, s := range append(inner, schema["items"], schema["additionalProperties"]) {
 		if s, ok := s.(map[string]any); ok {
 			makeStrict(s)
 		}

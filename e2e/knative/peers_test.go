@@ -2,6 +2,7 @@ package knative
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -86,8 +88,13 @@ func (p *peers) start(t *testing.T) {
 			t.Fatal(err)
 		}
 		options := []local.Option{local.On(p.host)}
-		if kind != local.KafkaKind {
-			options = append(options, local.Login(p.secret(t, kind, "username"), p.secret(t, kind, "password")))
+		switch kind {
+		case local.RabbitMQKind:
+			options = append(options, local.Login("administrator", rand.Text()), local.Account(p.secret(t, kind, "username"), p.secret(t, kind, "password"),
+				local.Permissions{Configure: "^$", Write: `^amq\.default$`, Read: "^message$"})) // as in eventing/rabbitmq
+		case local.RedisKind, local.ValkeyKind:
+			options = append(options, local.Login("default", p.admin(t, kind)),
+				local.Config(fmt.Sprintf("user %s on >%s %s", p.secret(t, kind, "username"), p.secret(t, kind, "password"), rights(t))))
 		}
 		server := start[kind](filepath.Join(p.dir, string(kind)), port, options...)
 		p.servers[kind] = server
@@ -181,13 +188,35 @@ func (p *peers) ours(t *testing.T, kinds ...local.Kind) {
 	}
 }
 
+// secret is what our programs have in theirs.
 func (p *peers) secret(t *testing.T, kind local.Kind, key string) string {
 	t.Helper()
-	text, err := base64.StdEncoding.DecodeString(kubectl(t, "-n", namespace, "get", "secret", string(kind), "-o", "jsonpath={.data."+key+"}"))
+	return secret(t, namespace, string(kind), key)
+}
+
+// admin is the password of a store's user default, who may do everything.
+func (p *peers) admin(t *testing.T, kind local.Kind) string {
+	t.Helper()
+	return secret(t, addresses[kind].namespace, string(kind), "default")
+}
+
+func secret(t *testing.T, namespace, name, key string) string {
+	t.Helper()
+	text, err := base64.StdEncoding.DecodeString(kubectl(t, "-n", namespace, "get", "secret", name, "-o", "jsonpath={.data."+key+"}"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return string(text)
+}
+
+// rights are those of the writers' user.
+func rights(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(root, "counts/rights.acl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(text))
 }
 
 // portForward makes a store in the cluster reachable from here.
@@ -222,10 +251,7 @@ func (p *peers) stores(t *testing.T) map[string]*redis.Client {
 		if server := p.servers[kind]; server != nil {
 			addr = server.Addr()
 		}
-		c := redis.NewClient(&redis.Options{
-			Addr: addr, MaxRetries: 10,
-			Username: p.secret(t, kind, "username"), Password: p.secret(t, kind, "password"),
-		})
+		c := redis.NewClient(&redis.Options{Addr: addr, MaxRetries: 10, Password: p.admin(t, kind)})
 		t.Cleanup(func() { _ = c.Close() })
 		clients[string(kind)] = c
 	}

@@ -120,7 +120,7 @@ func TestPermissions(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := local.StartRabbitMQ(t, local.User("isobar", "secret", may), local.Management(management))
+	server := local.StartRabbitMQ(t, local.Account("isobar", "secret", may), local.Management(management))
 	user := rabbit.Settings{Addr: server.Addr(), Username: "isobar", Password: "secret"}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()

@@ -48,7 +48,7 @@ type Kafka struct {
 	state    atomic.Value // a string
 
 	mu   sync.Mutex
-	dead sarama.SyncProducer // nil until there are dead letters
+	dead *kafka.Sender // nil until there are dead letters
 }
 
 var _ Source = (*Kafka)(nil)
@@ -134,42 +134,22 @@ func (k *Kafka) Take(ctx context.Context, least, most int) []Event {
 // Settle is that of [Source].
 func (k *Kafka) Settle(done []Event) { settle(done) }
 
-// Bury is that of [Source].
-func (k *Kafka) Bury(_ context.Context, dead []event.Event) error {
-	records := make([]*sarama.ProducerMessage, len(dead))
-	for i := range dead {
-		record, err := events.WriteRecord(&dead[i], k.settings.DeadTopic)
-		if err != nil {
-			return err
-		}
-		records[i] = record
+// Bury is that of [Source]. One call at a time sends: together they may be more than Kafka takes at once.
+func (k *Kafka) Bury(ctx context.Context, dead []event.Event) error {
+	records, err := events.WriteRecords(dead, k.settings.DeadTopic)
+	if err != nil {
+		return err
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead == nil {
-		c, err := k.settings.Config()
+		sender, err := kafka.NewSender(k.settings.Settings, k.settings.DeadTopic, kafka.DeadLetters)
 		if err != nil {
 			return err
 		}
-		c.Net.ReadTimeout = buryTimeout
-		c.Producer.RequiredAcks = sarama.WaitForAll
-		c.Producer.Return.Successes = true
-		c.Producer.Retry.Max = 0
-		// A dead letter is larger than the record was, by its reason; compressed, it still fits where that one did.
-		c.Producer.Compression = sarama.CompressionZSTD
-		c.Producer.MaxMessageBytes = 64 << 20
-		producer, err := sarama.NewSyncProducer(k.settings.Brokers, c)
-		if err != nil {
-			return fmt.Errorf("connect to Kafka at %v: %w", k.settings.Brokers, err)
-		}
-		k.dead = producer
+		k.dead = sender
 	}
-	if err := k.dead.SendMessages(records); err != nil {
-		dismiss(k.dead) // the next attempt begins anew
-		k.dead = nil
-		return fmt.Errorf("publish to topic %q: %w", k.settings.DeadTopic, err)
-	}
-	return nil
+	return k.dead.Send(ctx, records...)
 }
 
 // State is that of [Source].
@@ -180,7 +160,7 @@ func (k *Kafka) Close() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.dead != nil {
-		dismiss(k.dead)
+		k.dead.Close()
 	}
 }
 

@@ -55,7 +55,7 @@ func TestTLS(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			plain := line{addr: kind.start(t, local.TLS(port, cert, key), local.User("isobar", "päss\u00a0word")).Addr()}
+			plain := line{addr: kind.start(t, local.TLS(port, cert, key), local.Login("isobar", "päss\u00a0word")).Addr()}
 			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss\u00a0word"}
 			with := func(change func(*line)) line {
 				l := right

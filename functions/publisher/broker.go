@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
 	"sync"
 
 	"github.com/cloudevents/sdk-go/v2/event"
@@ -83,10 +82,7 @@ func (all every) Close() {
 func (all every) peers() map[string]string {
 	states := make(map[string]string, len(all))
 	for name, b := range all {
-		states[name] = "connected"
-		if err := b.Err(); err != nil {
-			states[name] = fmt.Sprintf("away: %v", err)
-		}
+		states[name] = peer.State(b.Err())
 	}
 	return states
 }

@@ -15,10 +15,7 @@ import (
 	"time"
 
 	"github.com/IBM/sarama"
-	"github.com/IBM/sarama/mocks"
 	"github.com/cloudevents/sdk-go/binding/format/protobuf/v2/pb"
-	kafkasender "github.com/cloudevents/sdk-go/protocol/kafka_sarama/v2"
-	"github.com/cloudevents/sdk-go/v2/binding"
 	"github.com/cloudevents/sdk-go/v2/event"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
@@ -248,7 +245,7 @@ var answerCases = []struct {
 	{name: "as much under way as may be", underWay: maxUnderWay - 1, code: codes.OK, rest: 202},
 	{name: "more under way than may be", underWay: maxUnderWay, code: codes.ResourceExhausted, rest: 429, says: "too many"},
 	{name: "a broker is away", answer: func(context.Context) error {
-		return errors.Join(&brokerError{"kafka", fmt.Errorf("%w: connection refused", errKafkaAway)})
+		return errors.Join(&brokerError{"kafka", fmt.Errorf("%w: connection refused", kafka.ErrAway)})
 	}, code: codes.Unavailable, broker: "kafka", rest: 503, says: "kafka: no connection to Kafka"},
 	{name: "a broker is away because its connection timed out", answer: func(context.Context) error {
 		_, timedOut := net.DialTimeout("tcp", "127.0.0.1:1", 1)
@@ -452,41 +449,6 @@ func reflected(t *testing.T, conn *grpc.ClientConn) (names []string) {
 		t.Error(err)
 	}
 	return names
-}
-
-// TestClosedClient: CloudEvents' sender takes a client that was closed under it for success; ours does not. What happens
-// with a real broker is in the conformance suite: after Close nothing is confirmed.
-func TestClosedClient(t *testing.T) {
-	e := reports("closed", 1)[0]
-	c := sarama.NewConfig()
-	c.Producer.Return.Successes = true
-	t.Run("the library's fault", func(t *testing.T) {
-		closed := mocks.NewSyncProducer(t, c)
-		closed.ExpectSendMessageAndFail(sarama.ErrClosedClient)
-		sender, err := kafkasender.NewSenderFromSyncProducer("message", closed)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := sender.Send(t.Context(), (*binding.EventMessage)(&e)); err != nil {
-			t.Errorf("it says %v: it can be used now", err)
-		}
-	})
-	t.Run("ours", func(t *testing.T) {
-		closed := mocks.NewAsyncProducer(t, c)
-		closed.ExpectInputAndFail(sarama.ErrClosedClient)
-		p := &producer{AsyncProducer: closed, gone: make(chan struct{}), failed: make(chan error, 1)}
-		results := p.collect()
-		record, all := &sarama.ProducerMessage{Topic: "message"}, new(sent)
-		record.Metadata = all
-		if err := p.send(t.Context(), all, []*sarama.ProducerMessage{record}); !errors.Is(err, sarama.ErrClosedClient) {
-			t.Errorf("it says %v", err)
-		}
-		if err := <-p.failed; !errors.Is(err, sarama.ErrClosedClient) {
-			t.Errorf("the producer is given up for %v", err)
-		}
-		p.AsyncClose()
-		<-results
-	})
 }
 
 func TestEvery(t *testing.T) {

@@ -46,7 +46,7 @@ func TestTLS(t *testing.T) {
 			ours, other := authority.New(t), authority.New(t)
 			cert, key := ours.Sign(t, "127.0.0.1", time.Now().Add(time.Hour))
 			port := freePort(t)
-			plain := kind.start(t, local.TLS(port, cert, key), local.User("isobar", "päss\u00a0word")).Addr()
+			plain := kind.start(t, local.TLS(port, cert, key), local.Login("isobar", "päss\u00a0word")).Addr()
 			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss\u00a0word"}
 			with := func(change func(*line)) line {
 				l := right

@@ -1,4 +1,5 @@
-// Package kafka holds what every client of Kafka here has in common.
+// Package kafka holds what every client of Kafka here has in common, and sends with the broker's word that it has what was
+// sent.
 package kafka
 
 import (

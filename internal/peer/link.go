@@ -75,6 +75,14 @@ func (l *Link[T]) Err() error {
 	return l.err
 }
 
+// State says in a few words, for /readyz, what Err returns.
+func State(err error) string {
+	if err != nil {
+		return "away: " + err.Error()
+	}
+	return "connected"
+}
+
 // Close ends the connection and waits until use has returned.
 func (l *Link[T]) Close() {
 	l.stop()

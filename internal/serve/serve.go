@@ -3,6 +3,7 @@
 package serve
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -64,9 +65,10 @@ type Program struct {
 // Listener is one port. A Listener with both an HTTP handler and a gRPC server serves both on it, with HTTP/1.1 and
 // unencrypted HTTP/2 (h2c), as Knative's one port asks.
 type Listener struct {
-	Addr string // HOST:PORT
-	HTTP http.Handler
-	GRPC *grpc.Server
+	Addr    string // HOST:PORT
+	HTTP    http.Handler
+	GRPC    *grpc.Server
+	Headers int // most bytes of a request's headers, answered 431 beyond; 64 KiB if 0
 }
 
 // Main runs a program: S is the struct of its settings, with env's tags. It does not return before the program has
@@ -233,7 +235,7 @@ func (p *Program) listen(l Listener) (*server, error) {
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       60 * time.Second,
 		IdleTimeout:       120 * time.Second,
-		MaxHeaderBytes:    64 << 10,
+		MaxHeaderBytes:    cmp.Or(l.Headers, 64<<10),
 		ErrorLog:          slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug),
 	}
 	return s, nil
