@@ -137,7 +137,7 @@ func TestAsInProduction(t *testing.T) {
 			return offsets.Err
 		},
 		"rights can't be given": func(_ sarama.Client, a sarama.ClusterAdmin) error {
-			return a.CreateACL(sarama.Resource{ResourceType: sarama.AclResourceTopic, ResourceName: "message.dead"}, allow(sarama.AclOperationRead))
+			return a.CreateACLs(allow(sarama.AclResourceTopic, "message.dead", sarama.AclOperationRead))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -220,19 +220,23 @@ func grantKafka(t *testing.T, addr string) {
 	}
 	for _, a := range manifest[user](t, "../eventing/production/kafka/user.yaml", "KafkaUser")[0].Authorization.ACLs {
 		for _, name := range a.Operations {
-			resource := sarama.Resource{
-				ResourceType: types[a.Resource.Type], ResourceName: a.Resource.Name, ResourcePatternType: sarama.AclPatternLiteral,
-			}
-			if resource.ResourceType == 0 || operations[name] == 0 {
+			what, may := types[a.Resource.Type], operations[name]
+			if what == 0 || may == 0 {
 				t.Fatalf("this test does not know %s of a %s", name, a.Resource.Type)
 			}
-			if err := admin.CreateACL(resource, allow(operations[name])); err != nil {
+			if err := admin.CreateACLs(allow(what, a.Resource.Name, may)); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
 }
 
-func allow(operation sarama.AclOperation) sarama.Acl {
-	return sarama.Acl{Principal: "User:isobar", Host: "*", Operation: operation, PermissionType: sarama.AclPermissionAllow}
+// allow is one right of isobar's.
+func allow(what sarama.AclResourceType, name string, operation sarama.AclOperation) []*sarama.ResourceAcls {
+	return []*sarama.ResourceAcls{{
+		Resource: sarama.Resource{ResourceType: what, ResourceName: name, ResourcePatternType: sarama.AclPatternLiteral},
+		Acls: []*sarama.Acl{{
+			Principal: "User:isobar", Host: "*", Operation: operation, PermissionType: sarama.AclPermissionAllow,
+		}},
+	}}
 }
