@@ -71,8 +71,7 @@ func TestPeersAwayAtDeployTime(t *testing.T) {
 	}
 
 	restarts := restarted(t)
-	l := begins(t.Context(), route(t), 200)
-	l.free.Store(l.total)
+	l := begins(t.Context(), route(t), 200, 200)
 	until(t, time.Minute, func(context.Context) error {
 		if l.resent.Load() < clients {
 			return fmt.Errorf("%d requests were answered no", l.resent.Load())

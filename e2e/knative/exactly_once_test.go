@@ -36,13 +36,13 @@ func TestExactlyOnce(t *testing.T) {
 	}
 	rand.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
 
-	const reports = 20_000
-	l := begins(t.Context(), route(t), reports)
-	for _, f := range faults {
-		l.release(t, reports/len(faults))
-		start := time.Now()
+	const reports, rate = 20_000, 300
+	l := begins(t.Context(), route(t), reports, rate)
+	for i, f := range faults {
+		l.await(t, int64(reports*(2*i+1)/(2*len(faults))))
+		start, before := time.Now(), l.accepted.Load()
 		f.cause(t)
-		t.Logf("%-45s at %5d accepted, done after %.1f s at %5d", f.what, l.free.Load()-reports/int64(len(faults))/2, time.Since(start).Seconds(), l.accepted.Load())
+		t.Logf("%-45s at %5d accepted, done after %.1f s at %5d", f.what, before, time.Since(start).Seconds(), l.accepted.Load())
 	}
 	want := l.end(t)
 	counted(t, 2*time.Minute, want)
@@ -175,10 +175,10 @@ func TestKafkaSourcesWays(t *testing.T) {
 	}
 	defer producer.Close()
 
-	const reports, kills = 1500, 3
-	l := begins(t.Context(), route(t), reports)
-	for range kills {
-		l.release(t, reports/kills)
+	const reports, rate, kills = 3000, 200, 3
+	l := begins(t.Context(), route(t), reports, rate)
+	for i := range kills {
+		l.await(t, int64(reports*(i+1)/(kills+1)))
 		deletePods(t, "app=knative-kafka-source")
 	}
 	want := l.end(t)

@@ -48,20 +48,22 @@ type load struct {
 	address string
 	name    string // of the CloudEvents source
 	total   int64
+	pause   time.Duration // of a client for each report that was accepted
 
-	next, free, accepted atomic.Int64
-	resent               atomic.Int64
-	sending              sync.WaitGroup
-	failed               chan error
-	mu                   sync.Mutex
-	want                 counts
+	next, accepted atomic.Int64
+	resent         atomic.Int64
+	sending        sync.WaitGroup
+	failed         chan error
+	mu             sync.Mutex
+	want           counts
 }
 
 const clients = 30
 
-// begin begins to send as many of the reports as have been set free.
-func begins(ctx context.Context, address string, total int) *load {
+// begins begins to send the reports, at most so many a second.
+func begins(ctx context.Context, address string, total, rate int) *load {
 	l := &load{
+		pause:   clients * time.Second / time.Duration(rate),
 		address: address + "/reports", name: fmt.Sprintf("/e2e/%d", time.Now().UnixNano()), total: int64(total),
 		failed: make(chan error, clients), want: counts{countries: map[string]int{}},
 	}
@@ -86,13 +88,6 @@ func (l *load) client(ctx context.Context) error {
 		switch {
 		case size <= 0:
 			return nil
-		case first+size > l.free.Load():
-			select {
-			case <-time.After(time.Millisecond):
-			case <-ctx.Done():
-				return ctx.Err()
-			}
-			continue
 		case !l.next.CompareAndSwap(first, first+size):
 			continue
 		}
@@ -107,6 +102,11 @@ func (l *load) client(ctx context.Context) error {
 			l.want.countries[c]++
 		}
 		l.mu.Unlock()
+		select {
+		case <-time.After(time.Duration(size) * l.pause):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
 }
 
@@ -140,13 +140,7 @@ func (l *load) insist(ctx context.Context, body string) error {
 	}
 }
 
-// release sets as many more reports free, and waits until half of these have been accepted.
-func (l *load) release(t *testing.T, n int) {
-	t.Helper()
-	half := l.free.Add(int64(n)) - int64(n)/2
-	l.await(t, half)
-}
-
+// await waits until so many are accepted.
 func (l *load) await(t *testing.T, accepted int64) {
 	t.Helper()
 	until(t, 5*time.Minute, func(context.Context) error {
@@ -157,10 +151,9 @@ func (l *load) await(t *testing.T, accepted int64) {
 	})
 }
 
-// end sends the rest, and returns what both stores must say then.
+// end waits until all are accepted, and returns what both stores must say then.
 func (l *load) end(t *testing.T) counts {
 	t.Helper()
-	l.free.Store(l.total)
 	l.sending.Wait()
 	close(l.failed)
 	for err := range l.failed {

@@ -23,8 +23,8 @@ func TestMeasure(t *testing.T) {
 		hello := image(t, "e2e/knative/hello")
 		apply(t, fmt.Sprintf(helloService, hello))
 		apply(t, strings.Replace(fmt.Sprintf(helloService, hello), "name: hello, ", "name: foot, ", 1))
-		foot := serving(t, "hello", "foot")
-		serving(t, "hello", "hello")
+		foot := serving(t, "foot")
+		serving(t, "hello")
 		const rounds = 7
 		times := map[string][]time.Duration{}
 		for range rounds {

@@ -42,7 +42,7 @@ func TestFromAPodWithoutAnArrow(t *testing.T) {
 	deployed(t)
 	hello := image(t, "e2e/knative/hello")
 	apply(t, fmt.Sprintf(helloService, hello))
-	stranger := serving(t, "hello", "hello")
+	stranger := serving(t, "hello")
 	dial := func(ctx context.Context, addr string) error {
 		return get(ctx, stranger+"/dial?addr="+url.QueryEscape(addr))
 	}

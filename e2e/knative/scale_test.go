@@ -33,11 +33,11 @@ spec:
             seccompProfile: {type: RuntimeDefault}
 `
 
-// serving waits until the service of another namespace is ready, and returns its URL.
-func serving(t *testing.T, namespace, name string) string {
+// serving waits until the service is ready, one of those in the namespace hello, and returns its URL.
+func serving(t *testing.T, name string) string {
 	t.Helper()
-	kubectl(t, "-n", namespace, "wait", "ksvc", name, "--for=condition=Ready", "--timeout=2m")
-	address := strings.TrimSpace(kubectl(t, "-n", namespace, "get", "ksvc", name, "-o", "jsonpath={.status.url}"))
+	kubectl(t, "-n", "hello", "wait", "ksvc", name, "--for=condition=Ready", "--timeout=2m")
+	address := strings.TrimSpace(kubectl(t, "-n", "hello", "get", "ksvc", name, "-o", "jsonpath={.status.url}"))
 	until(t, 20*time.Second, func(ctx context.Context) error { return get(ctx, address) })
 	return address
 }
@@ -84,7 +84,7 @@ func asleep(t *testing.T, label string, in ...string) {
 func TestFromZero(t *testing.T) {
 	deployed(t)
 	apply(t, fmt.Sprintf(helloService, image(t, "e2e/knative/hello")))
-	hello := serving(t, "hello", "hello")
+	hello := serving(t, "hello")
 	address := route(t) + "/reports"
 
 	const rounds, most = 10, 2.5
@@ -118,7 +118,7 @@ func TestFromZero(t *testing.T) {
 
 func TestBackToZero(t *testing.T) {
 	deployed(t)
-	l := begins(t.Context(), route(t), 2000)
+	l := begins(t.Context(), route(t), 2000, 1000)
 	want := l.end(t)
 	counted(t, time.Minute, want)
 	took := atZero(t, 4*time.Minute, scaleToZero...)

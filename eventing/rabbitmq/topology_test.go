@@ -166,7 +166,7 @@ func TestPermissions(t *testing.T) {
 		return s
 	}
 	for name, attempt := range map[string]func(t *testing.T) error{
-		"dead letters can't be read": func(t *testing.T) error {
+		"dead letters can't be read": func(_ *testing.T) error {
 			_, err := link.Open(ctx, user, "message.dead")
 			return err
 		},

@@ -31,6 +31,12 @@ const (
 )
 
 func main() {
+	if err := run(); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func run() error {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	config := sarama.NewConfig()
@@ -41,7 +47,7 @@ func main() {
 	config.Consumer.Group.Heartbeat.Interval = 2 * time.Second
 	group, err := sarama.NewConsumerGroup(strings.Split(os.Getenv("KAFKA_BOOTSTRAP_SERVERS"), ","), os.Getenv("KAFKA_GROUP_ID"), config)
 	if err != nil {
-		log.Fatal(err)
+		return err
 	}
 	topic := os.Getenv("KAFKA_TOPIC")
 	source := sender{
@@ -54,7 +60,7 @@ func main() {
 			time.Sleep(time.Second)
 		}
 	}
-	_ = group.Close()
+	return group.Close()
 }
 
 type sender struct{ sink, deadLetterSink, name string }
