@@ -31,7 +31,7 @@ func TestAsInProduction(t *testing.T) {
 		t.Fatal(err)
 	}
 	user := local.Config("user isobar on >secret " + string(rights))
-	own := map[local.Kind][]local.Option{
+	servers := map[local.Kind][]local.Option{
 		// Who comes without TLS may do everything in Kafka, and nobody else anything that is not said.
 		local.KafkaKind: {local.Login("isobar", "secret"), local.Config(
 			"authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer", "super.users=User:ANONYMOUS")},
@@ -39,22 +39,20 @@ func TestAsInProduction(t *testing.T) {
 		local.RedisKind:    {user},
 		local.ValkeyKind:   {user},
 	}
-	options := local.Options{
-		ServerOptions: map[local.Kind][]local.Option{}, Servers: map[local.Kind]string{}, Env: map[string][]string{},
-	}
+	options := local.Options{ServerOptions: servers, Servers: map[local.Kind]string{}, Env: map[string][]string{}}
 	addrs := map[local.Kind]string{} // where TLS is spoken
 	for _, kind := range local.Kinds {
 		port, err := local.FreePort()
 		if err != nil {
 			t.Fatal(err)
 		}
-		options.ServerOptions[kind] = append(own[kind], local.TLS(port, cert, key))
+		servers[kind] = append(servers[kind], local.TLS(port, cert, key))
 		prefix := strings.ToUpper(string(kind)) + "_"
 		addrs[kind] = fmt.Sprint("127.0.0.1:", port)
 		options.Env[""] = append(options.Env[""], local.Variables[kind]+"="+addrs[kind], prefix+"TLS=true", prefix+"CA_FILE="+ca.File,
 			prefix+"USERNAME=isobar", prefix+"PASSWORD=secret")
 		if kind == local.KafkaKind { // its rights can't be given before it runs
-			options.Servers[kind] = local.StartKafka(t, options.ServerOptions[kind]...).Addr()
+			options.Servers[kind] = local.StartKafka(t, servers[kind]...).Addr()
 			grantKafka(t, options.Servers[kind])
 		}
 	}
