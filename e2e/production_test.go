@@ -31,7 +31,7 @@ func TestAsInProduction(t *testing.T) {
 		t.Fatal(err)
 	}
 	user := local.Config("user isobar on >secret " + string(rights))
-	own := map[local.Kind][]local.Option{
+	servers := map[local.Kind][]local.Option{
 		// Who comes without TLS may do everything in Kafka, and nobody else anything that is not said.
 		local.KafkaKind: {local.Login("isobar", "secret"), local.Config(
 			"authorizer.class.name=org.apache.kafka.metadata.authorizer.StandardAuthorizer", "super.users=User:ANONYMOUS")},
@@ -39,22 +39,20 @@ func TestAsInProduction(t *testing.T) {
 		local.RedisKind:    {user},
 		local.ValkeyKind:   {user},
 	}
-	options := local.Options{
-		ServerOptions: map[local.Kind][]local.Option{}, Servers: map[local.Kind]string{}, Env: map[string][]string{},
-	}
+	options := local.Options{ServerOptions: servers, Servers: map[local.Kind]string{}, Env: map[string][]string{}}
 	addrs := map[local.Kind]string{} // where TLS is spoken
 	for _, kind := range local.Kinds {
 		port, err := local.FreePort()
 		if err != nil {
 			t.Fatal(err)
 		}
-		options.ServerOptions[kind] = append(own[kind], local.TLS(port, cert, key))
+		servers[kind] = append(servers[kind], local.TLS(port, cert, key))
 		prefix := strings.ToUpper(string(kind)) + "_"
 		addrs[kind] = fmt.Sprint("127.0.0.1:", port)
 		options.Env[""] = append(options.Env[""], local.Variables[kind]+"="+addrs[kind], prefix+"TLS=true", prefix+"CA_FILE="+ca.File,
 			prefix+"USERNAME=isobar", prefix+"PASSWORD=secret")
 		if kind == local.KafkaKind { // its rights can't be given before it runs
-			options.Servers[kind] = local.StartKafka(t, options.ServerOptions[kind]...).Addr()
+			options.Servers[kind] = local.StartKafka(t, servers[kind]...).Addr()
 			grantKafka(t, options.Servers[kind])
 		}
 	}
@@ -137,7 +135,7 @@ func TestAsInProduction(t *testing.T) {
 			return offsets.Err
 		},
 		"rights can't be given": func(_ sarama.Client, a sarama.ClusterAdmin) error {
-			return a.CreateACL(sarama.Resource{ResourceType: sarama.AclResourceTopic, ResourceName: "message.dead"}, allow(sarama.AclOperationRead))
+			return a.CreateACLs(allow(sarama.AclResourceTopic, "message.dead", sarama.AclOperationRead))
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -220,19 +218,23 @@ func grantKafka(t *testing.T, addr string) {
 	}
 	for _, a := range manifest[user](t, "../eventing/production/kafka/user.yaml", "KafkaUser")[0].Authorization.ACLs {
 		for _, name := range a.Operations {
-			resource := sarama.Resource{
-				ResourceType: types[a.Resource.Type], ResourceName: a.Resource.Name, ResourcePatternType: sarama.AclPatternLiteral,
-			}
-			if resource.ResourceType == 0 || operations[name] == 0 {
+			what, may := types[a.Resource.Type], operations[name]
+			if what == 0 || may == 0 {
 				t.Fatalf("this test does not know %s of a %s", name, a.Resource.Type)
 			}
-			if err := admin.CreateACL(resource, allow(operations[name])); err != nil {
+			if err := admin.CreateACLs(allow(what, a.Resource.Name, may)); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
 }
 
-func allow(operation sarama.AclOperation) sarama.Acl {
-	return sarama.Acl{Principal: "User:isobar", Host: "*", Operation: operation, PermissionType: sarama.AclPermissionAllow}
+// allow is one right of isobar's.
+func allow(what sarama.AclResourceType, name string, operation sarama.AclOperation) []*sarama.ResourceAcls {
+	return []*sarama.ResourceAcls{{
+		Resource: sarama.Resource{ResourceType: what, ResourceName: name, ResourcePatternType: sarama.AclPatternLiteral},
+		Acls: []*sarama.Acl{{
+			Principal: "User:isobar", Host: "*", Operation: operation, PermissionType: sarama.AclPermissionAllow,
+		}},
+	}}
 }

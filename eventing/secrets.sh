@@ -57,7 +57,8 @@ certificate() {
   fi
   names=$(printf ',DNS:%s' "$@")
   ca_key=$(new_key) key=$(new_key)
-  ca=$(sign "$ca_key" -subj "/CN=$secret authority" -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign)
+  ca=$(sign "$ca_key" -subj "/CN=$secret authority" \
+    -addext basicConstraints=critical,CA:TRUE -addext keyUsage=critical,keyCertSign)
   put "$namespace" "$secret" ca.crt "$ca" tls.key "$key" tls.crt "$(
     sign "$key" -CA <(printf %s "$ca") -CAkey <(printf %s "$ca_key") -subj "/CN=$secret" \
       -addext "subjectAltName=${names#,}" -addext extendedKeyUsage=serverAuth
@@ -67,7 +68,9 @@ certificate() {
 new_key() { openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256; }
 
 # sign KEY OPTION...: the system's openssl.cnf would add extensions of its own.
-sign() { openssl req -x509 -new -days 730 -config <(printf '[req]\ndistinguished_name = dn\n[dn]\n') -key <(printf %s "$1") "${@:2}"; }
+sign() {
+  openssl req -x509 -new -days 730 -config <(printf '[req]\ndistinguished_name = dn\n[dn]\n') -key <(printf %s "$1") "${@:2}"
+}
 
 hash() { printf %s "$1" | openssl dgst -sha256 -r | cut -d ' ' -f 1; }
 
@@ -81,6 +84,7 @@ user isobar on #$(hash "$ours") $(< ../counts/rights.acl)
   put isobar "$2" username isobar password "$ours" ca.crt "$(value "$1" "$2-tls" ca.crt)"
 }
 
+# The topology operator takes a user's password once: for another one, delete the User as well, and apply it again.
 rabbitmq() {
   local ours ca
   ours=$(password rabbitmq rabbitmq password) ca=$(value rabbitmq rabbitmq-tls ca.crt)
