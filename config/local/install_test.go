@@ -88,7 +88,7 @@ func TestWithoutTheRightToMount(t *testing.T) {
 		os.Args[0], "-test.run=^TestServer$/.*/^listens", "-test.v")
 	cmd.Env = append(os.Environ(), "XDG_CACHE_HOME="+t.TempDir())
 	out, err := cmd.CombinedOutput()
-	if err != nil || strings.Count(string(out), "listens_on_loopback_only (") != len(Kinds) {
+	if err != nil || strings.Count(string(out), "listens_on_loopback_only,_with_TLS_too (") != len(Kinds) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }
