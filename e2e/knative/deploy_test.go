@@ -84,7 +84,6 @@ func TestPeersAwayAtDeployTime(t *testing.T) {
 		t.Errorf("%d reports are accepted without brokers", n)
 	}
 	peers.up(t)
-	peers.empty(t)
 	counted(t, 2*time.Minute, l.end(t))
 	for pod, after := range restarted(t) {
 		if before, there := restarts[pod]; there && after != before {
