@@ -265,6 +265,9 @@ func deploy(t *testing.T) {
 	t.Helper()
 	cluster.deployed = false
 	readme(t, "Deploy")
+	// Just after a service is ready the gateway may not know it yet.
+	address := route(t)
+	until(t, 20*time.Second, func(ctx context.Context) error { return get(ctx, address+"/health") })
 	cluster.deployed = true
 	t.Cleanup(func() {
 		if t.Failed() {
