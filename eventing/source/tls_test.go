@@ -32,6 +32,7 @@ func (l line) rabbit() rabbit.Settings {
 
 func TestTLS(t *testing.T) {
 	t.Parallel()
+	const user, password = "isobar", "päss\u00a0word"
 	management, err := local.FreePort()
 	if err != nil {
 		t.Fatal(err)
@@ -42,9 +43,12 @@ func TestTLS(t *testing.T) {
 		world        func(l, direct line) *world
 		anonymous    bool // at the port without TLS
 	}{
-		{"Kafka", "KAFKA_", local.StartKafka, func(l, _ line) *world { return kafkaWorld(l.kafka()) }, true},
+		{"Kafka", "KAFKA_", func(t testing.TB, options ...local.Option) *local.Process {
+			return local.StartKafka(t, append(options, local.Login(user, password))...)
+		}, func(l, _ line) *world { return kafkaWorld(l.kafka()) }, true},
 		{"RabbitMQ", "RABBITMQ_", func(t testing.TB, options ...local.Option) *local.Process {
-			return local.StartRabbitMQ(t, append(options, local.Management(management))...)
+			return local.StartRabbitMQ(t, append(options, local.Management(management),
+				local.Account(user, password, local.Permissions{Configure: ".*", Write: ".*", Read: ".*"}))...)
 		}, func(l, direct line) *world { return rabbitWorld(management, l.rabbit(), direct.rabbit()) }, false},
 	} {
 		t.Run(kind.name, func(t *testing.T) {
@@ -55,8 +59,8 @@ func TestTLS(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			plain := line{addr: kind.start(t, local.TLS(port, cert, key), local.Login("isobar", "päss\u00a0word")).Addr()}
-			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, "isobar", "päss\u00a0word"}
+			plain := line{addr: kind.start(t, local.TLS(port, cert, key)).Addr()}
+			right := line{fmt.Sprint("127.0.0.1:", port), true, ours.File, user, password}
 			with := func(change func(*line)) line {
 				l := right
 				change(&l)
