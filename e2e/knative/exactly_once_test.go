@@ -72,6 +72,15 @@ func rollOut(t *testing.T, name string) {
 		return nil
 	})
 	kubectl(t, "-n", namespace, "wait", "ksvc", name, "--for=condition=Ready", "--timeout=2m")
+	prune(t, name)
+}
+
+// prune takes away the revisions without traffic: each of the ingress's would keep a pod.
+func prune(t *testing.T, name string) {
+	t.Helper()
+	if _, err := run(t.Context(), "", "kn", "revision", "delete", "--prune", name, "--namespace", namespace); err != nil {
+		t.Fatal(err)
+	}
 }
 
 func latestReady(t *testing.T, name string) string {

@@ -60,9 +60,7 @@ func TestMeasure(t *testing.T) {
 			kubectl(t, "-n", namespace, "patch", "ksvc", "ingress", "--type=merge", "-p", fmt.Sprintf(
 				`{"spec":{"template":{"metadata":{"annotations":{"autoscaling.knative.dev/min-scale":"%d","autoscaling.knative.dev/max-scale":"%d"}}}}}`, bounds[0], bounds[1]))
 			kubectl(t, "-n", namespace, "wait", "ksvc", "ingress", "--for=condition=Ready", "--timeout=2m")
-			if _, err := run(t.Context(), "", "kn", "revision", "delete", "--prune", "ingress", "--namespace", namespace); err != nil {
-				t.Fatal(err)
-			}
+			prune(t, "ingress")
 			until(t, 2*time.Minute, func(ctx context.Context) error {
 				all, err := pods(ctx, ofService("ingress"))
 				if err == nil && len(all) != bounds[0] {
