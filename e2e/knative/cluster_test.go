@@ -24,7 +24,7 @@ import (
 
 const namespace = "isobar"
 
-// The services, and the sources in this order: the road from its beginning.
+// The services, in the order of the road.
 var (
 	services    = []string{"ingress", "publisher", "redis-writer", "valkey-writer", "dead-letter"}
 	scaleToZero = services[1:]
@@ -195,8 +195,8 @@ func again(ctx context.Context, pause time.Duration, ask func(context.Context) e
 
 // pod is what the tests want to know of a pod.
 type pod struct {
-	name, ip, node string
-	ending         bool
+	name, ip string
+	ending   bool
 }
 
 // pods returns those with the label, also the ones that are being deleted.
@@ -208,7 +208,7 @@ func pods(ctx context.Context, label string) ([]pod, error) {
 	var list struct {
 		Items []struct {
 			Metadata struct{ Name, DeletionTimestamp string }
-			Status   struct{ PodIP, HostIP string }
+			Status   struct{ PodIP string }
 		}
 	}
 	if err := json.Unmarshal([]byte(out), &list); err != nil {
@@ -216,7 +216,7 @@ func pods(ctx context.Context, label string) ([]pod, error) {
 	}
 	var all []pod
 	for _, p := range list.Items {
-		all = append(all, pod{p.Metadata.Name, p.Status.PodIP, p.Status.HostIP, p.Metadata.DeletionTimestamp != ""})
+		all = append(all, pod{p.Metadata.Name, p.Status.PodIP, p.Metadata.DeletionTimestamp != ""})
 	}
 	return all, nil
 }
