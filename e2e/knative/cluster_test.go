@@ -194,10 +194,7 @@ func again(ctx context.Context, pause time.Duration, ask func(context.Context) e
 }
 
 // pod is what the tests want to know of a pod.
-type pod struct {
-	name, ip string
-	ending   bool
-}
+type pod struct{ name, ip string }
 
 // pods returns those with the label, also the ones that are being deleted.
 func pods(ctx context.Context, label string) ([]pod, error) {
@@ -207,7 +204,7 @@ func pods(ctx context.Context, label string) ([]pod, error) {
 	}
 	var list struct {
 		Items []struct {
-			Metadata struct{ Name, DeletionTimestamp string }
+			Metadata struct{ Name string }
 			Status   struct{ PodIP string }
 		}
 	}
@@ -216,7 +213,7 @@ func pods(ctx context.Context, label string) ([]pod, error) {
 	}
 	var all []pod
 	for _, p := range list.Items {
-		all = append(all, pod{p.Metadata.Name, p.Status.PodIP, p.Metadata.DeletionTimestamp != ""})
+		all = append(all, pod{p.Metadata.Name, p.Status.PodIP})
 	}
 	return all, nil
 }

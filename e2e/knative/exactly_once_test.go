@@ -105,15 +105,7 @@ func forceToZero(t *testing.T, name string) {
 	}
 	scale(0)
 	if name == "ingress" {
-		until(t, time.Minute, func(ctx context.Context) error {
-			all, err := pods(ctx, ofService(name))
-			for _, p := range all {
-				if !p.ending {
-					return fmt.Errorf("%s still serves", p.name)
-				}
-			}
-			return err
-		})
+		asleep(t, time.Minute, ofService(name), namespace)
 		scale(1)
 	}
 	until(t, 2*time.Minute, func(ctx context.Context) error {

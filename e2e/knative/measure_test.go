@@ -28,7 +28,7 @@ func TestMeasure(t *testing.T) {
 		const rounds = 7
 		times := map[string][]time.Duration{}
 		for range rounds {
-			asleep(t, "serving.knative.dev/service notin (ingress,foot),serving.knative.dev/service", namespace, "hello")
+			asleep(t, 3*time.Minute, "serving.knative.dev/service notin (ingress,foot),serving.knative.dev/service", namespace, "hello")
 			for _, name := range append([]string{"hello"}, scaleToZero...) {
 				in := namespace
 				if name == "hello" {

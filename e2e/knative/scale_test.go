@@ -61,9 +61,9 @@ func get(ctx context.Context, address string) error {
 
 // asleep waits until no pod of these services serves any more. One that still winds down can't serve either: Knative gives
 // it half a minute for requests that are under way.
-func asleep(t *testing.T, label string, in ...string) {
+func asleep(t *testing.T, patience time.Duration, label string, in ...string) {
 	t.Helper()
-	until(t, 3*time.Minute, func(ctx context.Context) error {
+	until(t, patience, func(ctx context.Context) error {
 		for _, n := range in {
 			out, err := run(ctx, "", "kubectl", "-n", n, "get", "pods", "-l", label,
 				"-o", `jsonpath={range .items[*]}{.metadata.name}{.metadata.deletionTimestamp}{"\n"}{end}`)
@@ -94,7 +94,7 @@ func TestFromZero(t *testing.T) {
 		if i == 0 {
 			atZero(t, 3*time.Minute, scaleToZero...)
 		}
-		asleep(t, "serving.knative.dev/service notin (ingress),serving.knative.dev/service", namespace, "hello")
+		asleep(t, 3*time.Minute, "serving.knative.dev/service notin (ingress),serving.knative.dev/service", namespace, "hello")
 		anyMoment()
 		start := time.Now()
 		if err := get(t.Context(), hello); err != nil {
